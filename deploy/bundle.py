@@ -1,0 +1,382 @@
+"""The bundle: a folder that holds all that answering needs, and can prove that it is whole.
+
+    model.onnx    the whole graph: images uint8 (N, H, W, 3) → probabilities (N, C) and embedding (N, D)
+    front.onnx    its first half, a picture at a time: images → pixels float32 (N, 3, S, S)
+    back.onnx     its second half, a batch at a time: pixels → probabilities and embedding
+    bundle.json   format version, labels, signature, preprocessing, lineage, the digest of every other file and its own
+    golden/       a few encoded pictures and, in golden.json, what this bundle answered for them when it was written
+
+Nothing in it is unpickled and nothing in it tells the time: the same model makes the same bytes. Written by
+export_onnx, copied into the registry by a promotion, read by everything that answers.
+"""
+
+import io
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from deploy.errors import BundleError, ImageError
+from deploy.files import sha256_bytes, sha256_file, sync_directory, write_bytes, write_json
+from deploy.images import decode_image
+from deploy.predictor import Predictor
+from deploy.runtime import open_session
+
+FORMAT_VERSION = 1
+READABLE_VERSIONS = (1,)
+
+MODEL, FRONT, BACK, INDEX = "model.onnx", "front.onnx", "back.onnx", "bundle.json"
+GRAPHS = (MODEL, FRONT, BACK)
+GOLDEN_DIR = "golden"
+GOLDEN = f"{GOLDEN_DIR}/golden.json"
+
+# A golden answer may differ by rounding between processors (AVX2, AVX-512, ARM), not by more.
+MAX_GOLDEN_PROBABILITY_DIFFERENCE = 1e-3
+MAX_GOLDEN_EMBEDDING_DIFFERENCE = 1e-3  # of the largest absolute value in the embedding
+
+EXPECTED_PORTS = {
+    MODEL: (("images",), ("probabilities", "embedding")),
+    FRONT: (("images",), ("pixels",)),
+    BACK: (("pixels",), ("probabilities", "embedding")),
+}
+MAKE_AGAIN = "Make the bundle again: dvc repro export_onnx."
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """What is known of a model beside its graphs.
+
+    Args:
+        labels: Class names in the order of the probabilities.
+        size_px: Side of the square picture that the network sees.
+        crop_fraction: Share of the short side that the central square keeps, in (0, 1].
+        mean: Of each channel (R, G, B), in 0..1.
+        std: Of each channel, in 0..1.
+        lineage: Where the model comes from, values that JSON can hold; no times, no paths of a machine.
+    """
+
+    labels: tuple[str, ...]
+    size_px: int
+    crop_fraction: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    lineage: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was read and found whole.
+
+    Args:
+        directory: Its folder.
+        labels: Class names in the order of the probabilities.
+        signature: Inputs, outputs and seam of the graphs, each with name, dtype and shape (text for a free dimension).
+        preprocessing: Numbers and words of what the graph does to a picture.
+        lineage: Where the model comes from.
+        digests: sha256 of each file, by its name in the folder.
+        digest: sha256 over all the above, so over every file: the identity of the bundle.
+    """
+
+    directory: Path
+    labels: tuple[str, ...]
+    signature: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
+    lineage: Mapping[str, Any]
+    digests: Mapping[str, str]
+    digest: str
+
+    @property
+    def model_path(self) -> Path:
+        return self.directory / MODEL
+
+    @property
+    def front_path(self) -> Path:
+        return self.directory / FRONT
+
+    @property
+    def back_path(self) -> Path:
+        return self.directory / BACK
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the whole graph, in bytes."""
+        return self.model_path.stat().st_size
+
+
+def write_bundle(
+    directory: Path, *, model: bytes, front: bytes, back: bytes, facts: BundleFacts, golden: Sequence[bytes]
+) -> Bundle:
+    """Writes a bundle, runs its golden pictures, and puts it in place of what the folder held.
+
+    Args:
+        directory: The bundle's folder; replaced as a whole.
+        model: The whole ONNX graph.
+        front: Its half before the seam.
+        back: Its half after the seam.
+        facts: Labels, preprocessing and lineage.
+        golden: Encoded pictures (a file's bytes each) whose answers are kept for checks.
+
+    Raises:
+        BundleError: If the graphs do not have the signature of a bundle or do not fit the labels.
+        ImageError: If a golden picture does not decode.
+    """
+    if not golden:
+        raise BundleError("a bundle needs at least one golden picture to be checked by.")
+    graphs = {MODEL: model, FRONT: front, BACK: back}
+    signature = _signature(graphs, facts.labels)
+    with _replaced_directory(directory) as folder:
+        for name, data in graphs.items():
+            write_bytes(folder / name, data)
+        pictures = _write_pictures(folder / GOLDEN_DIR, golden)
+        draft = _as_bundle(folder, _index(facts, signature, digests={}))
+        write_json(folder / GOLDEN, _golden_answers(draft, pictures))
+        digests = {name: sha256_file(folder / name) for name in sorted(_content(folder))}
+        write_json(folder / INDEX, _index(facts, signature, digests))
+    bundle = read_bundle(directory)
+    logger.info("bundle %s: %d classes, %d golden images", bundle.digest[:12], len(bundle.labels), len(golden))
+    return bundle
+
+
+def read_bundle(directory: Path) -> Bundle:
+    """Reads a bundle and checks it: format version, every digest, no file missing or smuggled in, labels that fit.
+
+    Raises:
+        BundleError: Naming all that is wrong.
+    """
+    index = _read_index(directory)
+    version = index.get("format_version")
+    if version not in READABLE_VERSIONS:
+        raise BundleError(
+            f"{directory} is a bundle of format version {version!r}; this tanuki reads {_listed(READABLE_VERSIONS)}. "
+            "Use the tanuki that wrote it, or train again."
+        )
+    if index.get("digest") != _own_digest(index):
+        raise BundleError(f"{directory / INDEX} was edited: its content no longer has its digest. {MAKE_AGAIN}")
+    if mistakes := [*_file_mistakes(directory, index["digests"]), *_label_mistakes(index)]:
+        raise BundleError(f"{directory} is not the bundle that was written: {'; '.join(mistakes)}. {MAKE_AGAIN}")
+    return _as_bundle(directory, index)
+
+
+def verify_bundle(directory: Path) -> Bundle:
+    """Reads a bundle and lets it answer its golden pictures.
+
+    Raises:
+        BundleError: If it is not whole, or answers otherwise than when it was written.
+    """
+    bundle = read_bundle(directory)
+    expected = json.loads((directory / GOLDEN).read_text(encoding="utf-8"))
+    pictures = [(each["file"], (directory / GOLDEN_DIR / each["file"]).read_bytes()) for each in expected]
+    actual = _golden_answers(bundle, pictures)
+    wrong = [
+        difference for old, new in zip(expected, actual, strict=True) if (difference := _golden_difference(old, new))
+    ]
+    if wrong:
+        raise BundleError(
+            f"{directory} does not answer as it did when it was written: {'; '.join(wrong)}. "
+            "The processor or the version of onnxruntime computes something else; do not serve it here. " + MAKE_AGAIN
+        )
+    return bundle
+
+
+def bundle_files(bundle: Bundle) -> list[str]:
+    """The files that make up a bundle, as names in its folder; what a copy must hold."""
+    return [INDEX, *bundle.digests]
+
+
+def _signature(graphs: Mapping[str, bytes], labels: tuple[str, ...]) -> dict[str, Any]:
+    """Inputs, outputs and seam of the graphs, checked against what a bundle promises."""
+    ports = {name: _ports(name, data) for name, data in graphs.items()}
+    (images,), (probabilities, embedding) = ports[MODEL]
+    (pixels,) = ports[FRONT][1]
+    mistakes = []
+    if images["dtype"] != "uint8" or images["shape"][3:] != [3] or any(isinstance(n, int) for n in images["shape"][:3]):
+        mistakes.append(f"images is {images['dtype']} {images['shape']}, not uint8 of any N, H, W and 3 channels")
+    if probabilities["shape"][1:] != [len(labels)]:
+        mistakes.append(f"probabilities has shape {probabilities['shape']} for {len(labels)} labels")
+    if ports[BACK][0][0]["dtype"] != pixels["dtype"] or ports[BACK][0][0]["shape"][1:] != pixels["shape"][1:]:
+        mistakes.append(f"the halves do not fit: pixels leaves as {pixels} and enters as {ports[BACK][0][0]}")
+    if len(set(labels)) != len(labels):
+        mistakes.append("two labels are the same")
+    if mistakes:
+        raise BundleError(f"these graphs make no bundle: {'; '.join(mistakes)}.")
+    return {"inputs": [images], "seam": pixels, "outputs": [probabilities, embedding]}
+
+
+def _ports(name: str, graph: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Inputs and outputs of a graph, in the order a bundle promises."""
+    session = open_session(graph)
+    found = {port.name: port for port in (*session.get_inputs(), *session.get_outputs())}
+    inputs, outputs = EXPECTED_PORTS[name]
+    if {port.name for port in session.get_inputs()} != set(inputs) or not set(outputs) <= set(found):
+        raise BundleError(f"{name} maps {_listed(found)}, where a bundle maps {_listed(inputs)} to {_listed(outputs)}.")
+    described = {key: {"name": key, "dtype": _dtype(port.type), "shape": port.shape} for key, port in found.items()}
+    return [described[each] for each in inputs], [described[each] for each in outputs]
+
+
+def _dtype(onnx_type: str) -> str:
+    """NumPy's name of an onnxruntime type such as ``tensor(float)``."""
+    name = onnx_type.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+def _index(facts: BundleFacts, signature: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """The content of bundle.json."""
+    index = {
+        "format_version": FORMAT_VERSION,
+        "labels": list(facts.labels),
+        "signature": dict(signature),
+        "preprocessing": {
+            "size_px": facts.size_px,
+            "crop_fraction": facts.crop_fraction,
+            "mean": list(facts.mean),
+            "std": list(facts.std),
+            "words": (
+                "The picture, decoded to RGB and turned upright by its EXIF orientation, enters as uint8. The graph "
+                f"keeps the central square of {100 * facts.crop_fraction:.4g} % of the short side, resizes it to "
+                f"{facts.size_px} px (linear, antialiased), divides by 255, subtracts mean and divides by std."
+            ),
+        },
+        "lineage": dict(facts.lineage),
+        "digests": dict(digests),
+    }
+    return {**index, "digest": _own_digest(index)}
+
+
+def _own_digest(index: Mapping[str, Any]) -> str:
+    """sha256 of bundle.json without the line that holds it."""
+    content = {key: value for key, value in index.items() if key != "digest"}
+    return sha256_bytes(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
+
+
+def _as_bundle(directory: Path, index: Mapping[str, Any]) -> Bundle:
+    return Bundle(
+        directory=directory,
+        labels=tuple(index["labels"]),
+        signature=index["signature"],
+        preprocessing=index["preprocessing"],
+        lineage=index["lineage"],
+        digests=index["digests"],
+        digest=index["digest"],
+    )
+
+
+def _write_pictures(folder: Path, golden: Sequence[bytes]) -> list[tuple[str, bytes]]:
+    """Writes the golden pictures; gives name and bytes of each."""
+    pictures = [(f"image-{number:02d}.{_extension(data)}", data) for number, data in enumerate(golden)]
+    for name, data in pictures:
+        write_bytes(folder / name, data)
+    return pictures
+
+
+def _extension(data: bytes) -> str:
+    """The picture's format as a file extension."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return (picture.format or "image").lower()
+    except (OSError, ValueError) as error:
+        raise ImageError(f"a golden picture ({len(data)} bytes) is no picture: {error}") from error
+
+
+def _golden_answers(bundle: Bundle, pictures: Sequence[tuple[str, bytes]]) -> list[dict[str, Any]]:
+    """What the bundle answers for its golden pictures."""
+    images = [decode_image(data) for _, data in pictures]
+    with Predictor(bundle) as predictor:
+        answers = predictor.predict(images)
+    if not (np.isfinite(answers.probabilities).all() and np.isfinite(answers.embeddings).all()):
+        raise BundleError(f"{bundle.directory}: the graph answers a golden picture with NaN or infinity.")
+    return [
+        {"file": name, "probabilities": row.tolist(), "embedding": vector.tolist()}
+        for (name, _), row, vector in zip(pictures, answers.probabilities, answers.embeddings, strict=True)
+    ]
+
+
+def _golden_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """How an answer differs from the golden one, or None where only rounding does."""
+    expected, actual = (np.asarray(each["probabilities"]) for each in (old, new))
+    if (apart := float(np.abs(expected - actual).max())) > MAX_GOLDEN_PROBABILITY_DIFFERENCE:
+        return f"{old['file']} is off by {apart:.3g} in its probabilities"
+    expected, actual = (np.asarray(each["embedding"]) for each in (old, new))
+    scale = max(float(np.abs(expected).max()), 1e-6)
+    if (apart := float(np.abs(expected - actual).max()) / scale) > MAX_GOLDEN_EMBEDDING_DIFFERENCE:
+        return f"{old['file']} is off by {apart:.3g} of the largest value in its embedding"
+    return None
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    """The content of bundle.json."""
+    path = directory / INDEX
+    try:
+        index = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(f"{directory} is no bundle: it has no {INDEX}. {MAKE_AGAIN}") from error
+    except ValueError as error:
+        raise BundleError(f"{path} is no JSON: {error}. {MAKE_AGAIN}") from error
+    if not isinstance(index, dict):
+        raise BundleError(f"{path} is no JSON object. {MAKE_AGAIN}")
+    return index
+
+
+def _file_mistakes(directory: Path, digests: Mapping[str, str]) -> list[str]:
+    """Files that are missing, changed, or there without being named."""
+    mistakes = [f"{name} is not named in {INDEX}" for name in (*GRAPHS, GOLDEN) if name not in digests]
+    for name, digest in sorted(digests.items()):
+        path = directory / name
+        if not path.resolve().is_relative_to(directory.resolve()):
+            mistakes.append(f"{name} points outside the bundle")
+        elif not path.is_file():
+            mistakes.append(f"{name} is missing")
+        elif sha256_file(path) != digest:
+            mistakes.append(f"{name} was changed")
+    return mistakes + [f"{name} does not belong to it" for name in sorted(_content(directory) - set(digests))]
+
+
+def _content(directory: Path) -> set[str]:
+    """The files in the folder that a bundle is answerable for: its graphs and golden pictures."""
+    files = (*directory.glob("*.onnx"), *directory.glob("*.data"), *(directory / GOLDEN_DIR).rglob("*"))
+    return {path.relative_to(directory).as_posix() for path in files if path.is_file()}
+
+
+def _label_mistakes(index: Mapping[str, Any]) -> list[str]:
+    """Labels that cannot be those of the graph."""
+    labels, (probabilities, _) = index["labels"], index["signature"]["outputs"]
+    if probabilities["shape"][1] != len(labels):
+        return [f"{len(labels)} labels for {probabilities['shape'][1]} probabilities"]
+    return [] if len(set(labels)) == len(labels) else ["two labels are the same"]
+
+
+@contextmanager
+def _replaced_directory(directory: Path) -> Iterator[Path]:
+    """Gives a temporary sibling to fill, and puts it in the folder's place at the end.
+
+    What a killed run left beside the folder is swept first. Between the two renames there is an instant without a
+    folder; a reader that must never see that reads the registry, not this.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.parent.glob(f".{directory.name}.*.tmp"):
+        shutil.rmtree(leftover)
+    folder = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.", suffix=".tmp"))
+    folder.chmod(0o755)
+    old = folder.with_name(f"{folder.name.removesuffix('.tmp')}.old.tmp")
+    try:
+        yield folder
+        if directory.exists():
+            directory.rename(old)
+        folder.rename(directory)
+        sync_directory(directory.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(str(value) for value in values)

@@ -1,0 +1,293 @@
+"""The command `tanuki`. Each command is a few lines: what it does lives in the flows and in deploy.
+
+Exit codes: 0 done, 1 a user's mistake (told in one paragraph), 2 wrong usage, 130 interrupted.
+What a command needs is imported when it runs, so that `tanuki predict` waits for neither Prefect nor DVC.
+"""
+
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from deploy.errors import TanukiError
+from flows.workspace import exclusive, find_workspace, track_raw
+from tasks.layout import Layout
+
+if TYPE_CHECKING:
+    from flows.ingest import AddReport
+
+app = typer.Typer(
+    name="tanuki",
+    help="Keeps an image classifier fresh: labelled images in, a better-or-nothing ONNX model out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the registry's history.")]
+VersionId = Annotated[int, typer.Argument(help="A number from `tanuki versions`.", min=1)]
+
+
+@app.callback()
+def workspace(
+    context: typer.Context,
+    root: Annotated[Path, typer.Option(help="The workspace, or a folder in it.", envvar="TANUKI_ROOT")] = Path(),
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more while working.")] = False,
+) -> None:
+    """Keeps an image classifier fresh: labelled images in, a better-or-nothing ONNX model out."""
+    context.obj = root
+    _configure_logging(verbose)
+
+
+@app.command()
+def sample(context: typer.Context) -> None:
+    """Lay out the sample set: 1,797 handwritten digits in data/raw."""
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "sample"):
+        _lay_out_sample(layout)
+    out.print("Next: [bold]tanuki retrain[/]")
+
+
+@app.command()
+def add(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(help="A folder a class, or train/val/test folders of classes.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Drop the sample set first.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy labelled images into data/raw, each checked and none twice, and put them under DVC."""
+    from flows.ingest import add_images
+
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "add"):
+        report = add_images(source, layout.raw, replace=replace)
+        track_raw(layout)
+    _print_json(asdict(report)) if as_json else _tell_added(report)
+
+
+@app.command()
+def retrain(
+    context: typer.Context,
+    promote: Annotated[bool, typer.Option(help="Let a model that passes the gate become champion.")] = True,
+    sample: Annotated[bool, typer.Option("--sample", help="Lay out the sample set if data/raw is empty.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run every stage that something changed for, put the model before the gate, promote it if it is better."""
+    layout = find_workspace(context.obj)
+    _prepare_raw(layout, sample=sample)
+    from flows import promotion, reports
+
+    if promotion.is_judged(layout, promote=promote):
+        from flows.workspace import stale_stages
+
+        if not stale_stages(layout):
+            summary = reports.summarise(layout, stages=(), verdict=None)
+            _print_json(summary.as_dict()) if as_json else out.print(summary.text())
+            return
+    out.print("Starting Prefect and the pipeline ...", style="dim")
+    from flows.retrain import retrain as retrain_flow
+
+    done = retrain_flow(layout.root, promote=promote)
+    summary = reports.summarise(layout, stages=done.stages, verdict=done.verdict)
+    _print_json(summary.as_dict()) if as_json else out.print(summary.text())
+
+
+@app.command()
+def status(context: typer.Context, as_json: Json = False) -> None:
+    """Show the champion, the data version, and what a retrain would run and why."""
+    from flows.reports import standing
+
+    layout = find_workspace(context.obj)
+    now = standing(layout)
+    if as_json:
+        _print_json(now.as_dict())
+    else:
+        out.print(now.text())
+
+
+@app.command()
+def predict(
+    context: typer.Context,
+    files: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(help="Labels to show for each.", min=1)] = 3,
+    version: Annotated[int | None, typer.Option(help="A version instead of the champion.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Classify images with the champion."""
+    from deploy.predictor import Predictor
+    from deploy.registry import Registry
+
+    registry = Registry(find_workspace(context.obj).registry_dir)
+    chosen = registry.version(version) if version else registry.require_champion()
+    with Predictor(registry.bundle(chosen.id)) as predictor:
+        answers = predictor.predict_files(files, top_k=top)
+    if as_json:
+        _print_json([{**asdict(answer), "version": chosen.id} for answer in answers])
+    else:
+        for answer in answers:
+            labels = "  ".join(f"{label} {share:.1%}" for label, share in answer.top) if answer.error is None else ""
+            out.print(f"{escape(answer.source)}: {escape(labels or f'not classified: {answer.error}')}")
+    if any(answer.error for answer in answers):
+        raise typer.Exit(1)
+
+
+@app.command()
+def versions(context: typer.Context, as_json: Json = False) -> None:
+    """List the registry's versions, what the gate said of each, and which is champion."""
+    from flows.reports import version_rows
+
+    rows = version_rows(find_workspace(context.obj))
+    if as_json:
+        _print_json(rows)
+        return
+    if not rows:
+        out.print("No version yet. Next: [bold]tanuki retrain[/]")
+        return
+    table = Table("version", "", "accuracy", "decision", "registered (UTC)", "bundle")
+    for row in rows:
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
+        mark = "champion" if row["champion"] else ""
+        table.add_row(str(row["id"]), mark, accuracy, row["decision"] or "", row["registered"], row["digest"][:12])
+    out.print(table)
+
+
+@app.command()
+def promote(context: typer.Context, version: VersionId, reason: Reason) -> None:
+    """Make a version champion whatever the gate said of it; the reason goes into the history."""
+    from flows.promotion import force
+
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "promote"):
+        out.print(force(layout, version, reason=reason))
+
+
+@app.command()
+def rollback(context: typer.Context, reason: Reason) -> None:
+    """Put the previous champion back, after checking that its bundle is whole."""
+    from flows.promotion import roll_back
+
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "rollback"):
+        out.print(roll_back(layout, reason=reason))
+
+
+@app.command()
+def lineage(context: typer.Context, version: VersionId) -> None:
+    """Print where a version comes from: git commit, DVC hashes, params, metrics, the gate's decision (JSON)."""
+    from flows.reports import version_lineage
+
+    _print_json(version_lineage(find_workspace(context.obj), version))
+
+
+@app.command()
+def pretrain(context: typer.Context, as_json: Json = False) -> None:
+    """Train a backbone on a larger, related set, as the section pretrain of params.yaml says."""
+    layout = find_workspace(context.obj)
+    out.print("Starting Prefect and the training ...", style="dim")
+    from flows.pretrain import pretrain as pretrain_flow
+
+    made = pretrain_flow(layout.root)
+    if as_json:
+        _print_json(made)
+    else:
+        out.print(f"{made['weights']}: {made['architecture']}, {made['size_bytes'] / 1e6:.1f} MB")
+        out.print(
+            f"Next: backbone.source: [bold]file:{made['weights']}[/] in params.yaml, then [bold]tanuki retrain[/]"
+        )
+
+
+@app.command()
+def doctor(context: typer.Context, as_json: Json = False) -> None:
+    """Check Python, packages, git, DVC, the processor, the disk and Prefect; says what to do."""
+    from flows.doctor import examine
+
+    findings = examine(context.obj)
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        marks = {"ok": "[green]ok  [/]", "warning": "[yellow]warn[/]", "problem": "[red]BAD [/]"}
+        for finding in findings:
+            out.print(f"{marks[finding.level]} {finding.subject}: {escape(finding.text)}")
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Runs the command line and turns a user's mistake into one paragraph."""
+    from flows.settings import quiet_prefect
+
+    quiet_prefect()
+    try:
+        app()
+    except TanukiError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error}. Nothing was lost; mend it and run the command again.")
+    except KeyboardInterrupt:
+        print("Interrupted. Nothing was lost; run the command again to go on.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(text: str) -> None:
+    print(f"tanuki: {text}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _configure_logging(verbose: bool) -> None:
+    """Lines of our own code to the terminal; other libraries' warnings only."""
+    handler = RichHandler(
+        console=Console(stderr=True, highlight=False, soft_wrap=True), show_path=False, show_level=False, markup=False
+    )
+    handler.setFormatter(logging.Formatter("%(message)s", datefmt="%H:%M:%S"))
+    for room in ("flows", "tasks", "deploy"):
+        logger = logging.getLogger(room)
+        logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+def _prepare_raw(layout: Layout, *, sample: bool) -> None:
+    """Sees to it that there are images to train on, and that DVC knows them as they are now."""
+    if not layout.raw.is_dir() or not any(layout.raw.iterdir()):
+        if not sample:
+            raise TanukiError(
+                f"{layout.raw} holds no images. `tanuki add FOLDER` copies yours in (a folder a class), "
+                "`tanuki sample` lays out handwritten digits to try with, `dvc pull` fetches what was pushed."
+            )
+        with exclusive(layout, "sample"):
+            _lay_out_sample(layout)
+    elif not layout.raw_pointer.is_file():
+        with exclusive(layout, "retrain"):
+            track_raw(layout)
+
+
+def _lay_out_sample(layout: Layout) -> None:
+    from flows.sample import lay_out_sample
+
+    number = lay_out_sample(layout.raw)
+    track_raw(layout)
+    out.print(f"{number} handwritten digits are in {os.path.relpath(layout.raw)}, tracked by DVC.")
+
+
+def _tell_added(report: "AddReport") -> None:
+    out.print(escape(report.text()))
+    out.print("Next: [bold]tanuki retrain[/]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""Labelled images in: checked, told apart by content, and copied into data/raw. Behind `tanuki add`.
+
+Kill-safe: a file appears under its name only when it is whole, and a second run goes on where the first stopped. DVC is
+told afterwards, by the caller.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from deploy.errors import ImageError
+from deploy.files import sha256_bytes, sha256_file
+from deploy.images import decode_image
+from deploy.machine import available_cores
+from flows.sample import LABELS as SAMPLE_LABELS
+from flows.sample import is_sample
+from tasks.data.image_files import SPLIT_FOLDERS, ImageFile, Listing, list_images
+from tasks.errors import DataError
+from tasks.progress import progress
+
+PART_PREFIX = ".tanuki-add-"
+NUM_NAMED = 20
+# A copy in train of a test image must not be the one that stays.
+SPLIT_RANK = {"test": 0, "val": 1, "train": 2, None: 2}
+SHAPES = "Expected a folder a class, each with images, or train/val/test folders of such folders."
+
+
+@dataclass(frozen=True)
+class AddReport:
+    """What became of the images of a folder.
+
+    Args:
+        added: Images copied.
+        known: Images that were there already, under the same label.
+        repeated: Further copies, within the folder, of an image of the same label.
+        added_per_class: Images copied, by label.
+        disputed: Path and reason of images that the folder holds under two labels: copied, for validation to tell.
+        refused: Path and reason of images that were not copied and that a person should look at.
+        left_out: Path and reason of files and folders that are no images by their name or place.
+        empty_classes: Class folders without one image.
+        replaced: Images of the sample set that were removed.
+    """
+
+    added: int
+    known: int
+    repeated: int
+    added_per_class: dict[str, int]
+    disputed: tuple[tuple[str, str], ...]
+    refused: tuple[tuple[str, str], ...]
+    left_out: tuple[tuple[str, str], ...]
+    empty_classes: tuple[str, ...]
+    replaced: int
+
+    def text(self) -> str:
+        """The report for a person."""
+        classes = ", ".join(f"{label} {count:,}" for label, count in self.added_per_class.items())
+        lines = [f"{self.added:,} images added" + (f": {classes}." if classes else ".")]
+        if self.replaced:
+            lines.append(f"The sample set ({self.replaced:,} images) was removed.")
+        if self.known:
+            lines.append(f"{self.known:,} were there already, under the same label.")
+        if self.repeated:
+            lines.append(f"{self.repeated:,} were copies of another image of the same label.")
+        if self.disputed:
+            lines += [
+                f"{len(self.disputed):,} lie under two labels; no model is trained on them until one copy is removed:",
+                *_named(self.disputed),
+            ]
+        if self.refused:
+            lines += [f"{len(self.refused):,} not added:", *_named(self.refused)]
+        if self.left_out:
+            lines += [f"{len(self.left_out):,} left out, no images by their name or place:", *_named(self.left_out)]
+        if self.empty_classes:
+            lines.append(f"Folders without an image: {', '.join(self.empty_classes)}.")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """An image of the source, read once."""
+
+    image: ImageFile
+    sha256: str
+    error: str | None
+
+
+@dataclass
+class _Choice:
+    """What to do with the images of the source."""
+
+    copied: list[_Checked] = field(default_factory=list)
+    disputed: list[tuple[str, str]] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    known: int = 0
+    repeated: int = 0
+
+
+def add_images(source: Path, raw: Path, *, replace: bool = False) -> AddReport:
+    """Copies the images of a folder of classes into ``raw``, each at most once and never over another.
+
+    Args:
+        source: A folder a class, or train/val(idation)/test folders of classes. Stays as it is.
+        raw: Becomes ``raw/LABEL/...`` or ``raw/SPLIT/LABEL/...``.
+        replace: Drop the sample set first, where ``raw`` holds nothing else.
+
+    Raises:
+        DataError: If the source holds no image that can be added, or would mix with what is in ``raw``.
+    """
+    listing = _listing(source, raw)
+    present = list_images(raw)
+    sample = _sample_to_replace(listing, present, raw, replace=replace)
+    _check_split_names(listing, present)
+    existing = (
+        {} if sample else _labels_by_content(raw, present, {_size(source / image.path) for image in listing.images})
+    )
+    checked = _check_all(source, listing.images, frozenset(existing))
+    choice = _choose(checked, existing)
+    if not choice.copied and not choice.known:
+        raise DataError(f"No image of {source} can be added:\n" + "\n".join(_named(choice.refused)))
+    _remove(raw, (*_parts(raw), *(raw / image.path for image in sample)))
+    copies = progress(choice.copied, total=len(choice.copied), what="copying")
+    changed = {each.image.path for each in copies if not _copy(source, raw, each)}
+    counts = Counter(each.image.label for each in choice.copied if each.image.path not in changed)
+    return AddReport(
+        added=sum(counts.values()),
+        known=choice.known,
+        repeated=choice.repeated,
+        added_per_class=dict(sorted(counts.items())),
+        disputed=tuple(sorted(choice.disputed)),
+        refused=tuple(sorted([*choice.refused, *((path, "changed while it was read") for path in changed)])),
+        left_out=listing.skipped,
+        empty_classes=listing.empty_classes,
+        replaced=len(sample),
+    )
+
+
+def _listing(source: Path, raw: Path) -> Listing:
+    """The labelled images of the source.
+
+    Raises:
+        DataError: If it is no folder, overlaps ``raw``, or holds no labelled image.
+    """
+    if not source.is_dir():
+        raise DataError(f"{source} is no folder. {SHAPES}")
+    here, there = source.resolve(), raw.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise DataError(f"{source} and {raw} lie within each other. Add images from a folder outside of {raw}.")
+    listing = list_images(source)
+    if not listing.images:
+        left_out = "\n".join(["", "Left out:", *_named(listing.skipped)]) if listing.skipped else ""
+        raise DataError(f"{source} holds no labelled images. {SHAPES}{left_out}")
+    return listing
+
+
+def _sample_to_replace(listing: Listing, present: Listing, raw: Path, *, replace: bool) -> tuple[ImageFile, ...]:
+    """The sample set's images to remove; none where it is not there or may stay.
+
+    Raises:
+        DataError: If other classes would be mixed with the sample set, or ``replace`` would remove somebody's images.
+    """
+    sample = tuple(image for image in present.images if image.label in SAMPLE_LABELS and is_sample(raw / image.path))
+    if not sample:
+        return ()
+    others = sorted({image.path for image in present.images} - {image.path for image in sample})
+    if replace:
+        if others:
+            raise DataError(
+                f"{raw} holds {len(others):,} images that are not of the sample set: {', '.join(others[:NUM_NAMED])}. "
+                "--replace removes the sample set only where nothing else is there. Nothing was removed or added."
+            )
+        return sample
+    new_labels = sorted({image.label for image in listing.images} - SAMPLE_LABELS)
+    if not others and new_labels:
+        raise DataError(
+            f"{raw} holds the sample set, handwritten digits, and {', '.join(new_labels[:NUM_NAMED])} would become "
+            "classes beside them. Say --replace to drop the sample set (`tanuki sample` brings it back). Nothing was "
+            "added."
+        )
+    return ()
+
+
+def _check_split_names(listing: Listing, present: Listing) -> None:
+    """Refuses a class called train, val or test beside official splits: nobody could tell them apart afterwards."""
+    images = (*listing.images, *present.images)
+    names = sorted({image.label for image in images if image.split is None and image.label.lower() in SPLIT_FOLDERS})
+    if names and (listing.official_splits or present.official_splits):
+        raise DataError(
+            f"{', '.join(names)}: images lie directly in this folder, as in a class, while other folders are official "
+            "splits (train/val/test folders of classes). Expected one or the other. Nothing was added."
+        )
+
+
+def _labels_by_content(raw: Path, present: Listing, sizes: set[int]) -> dict[str, dict[str, str]]:
+    """By sha256, the labels that raw has these bytes under, each with a path; files of other sizes are not read."""
+    alike = [image for image in present.images if _size(raw / image.path) in sizes]
+    found: dict[str, dict[str, str]] = {}
+    with ThreadPoolExecutor(available_cores()) as pool:
+        digests = pool.map(lambda image: sha256_file(raw / image.path), alike)
+        for image, sha256 in zip(alike, progress(digests, total=len(alike), what="what is there"), strict=True):
+            found.setdefault(sha256, {}).setdefault(image.label, image.path)
+    return found
+
+
+def _check_all(source: Path, images: tuple[ImageFile, ...], known: frozenset[str]) -> list[_Checked]:
+    """Reads and decodes every image, on all cores; the copy that should stay of several comes first."""
+    ordered = sorted(images, key=lambda image: (SPLIT_RANK[image.split], image.path))
+    with ThreadPoolExecutor(available_cores()) as pool:
+        try:
+            results = pool.map(partial(_check, source, known), ordered)
+            return list(progress(results, total=len(ordered), what="checking"))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check(source: Path, known: frozenset[str], image: ImageFile) -> _Checked:
+    file = source / image.path
+    if not file.resolve().is_relative_to(source.resolve()):
+        return _Checked(image, "", "a link that leads out of the folder")
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        return _Checked(image, "", f"cannot be read: {error.strerror}")
+    sha256 = sha256_bytes(data)
+    if sha256 in known:
+        return _Checked(image, sha256, None)
+    try:
+        decode_image(data)
+    except ImageError as error:
+        return _Checked(image, sha256, str(error))
+    return _Checked(image, sha256, None)
+
+
+def _choose(checked: list[_Checked], existing: dict[str, dict[str, str]]) -> _Choice:
+    """What to do with each image.
+
+    The same bytes under two labels of the source are copied under both, so that a run that was killed halfway and begun
+    again does not decide which is right; validate_data leaves all of them out.
+    """
+    here: dict[str, dict[str, str]] = {}
+    for each in checked:
+        if each.error is None:
+            here.setdefault(each.sha256, {}).setdefault(each.image.label, each.image.path)
+    choice = _Choice()
+    seen: set[tuple[str, str]] = set()
+    for each in checked:
+        path, label = each.image.path, each.image.label
+        if each.error is not None:
+            choice.refused.append((path, each.error))
+            continue
+        there = existing.get(each.sha256, {})
+        rival = next((at for other, at in there.items() if other not in here[each.sha256]), None)
+        twin = next((at for other, at in here[each.sha256].items() if other != label), None)
+        if twin is not None:
+            choice.disputed.append((path, f"the same bytes as {twin}"))
+        if label in there:
+            choice.known += 1
+        elif rival is not None:
+            choice.refused.append((path, f"the same bytes are there under another label: {rival}"))
+        elif (each.sha256, label) in seen:
+            choice.repeated += 1
+        else:
+            choice.copied.append(each)
+        seen.add((each.sha256, label))
+    return choice
+
+
+def _copy(source: Path, raw: Path, checked: _Checked) -> bool:
+    """Copies one image to its place; False where its bytes are no longer those that were checked.
+
+    A copy and no hard link: DVC makes what it tracks read-only, and the original stays the person's to edit.
+    """
+    data = (source / checked.image.path).read_bytes()
+    if sha256_bytes(data) != checked.sha256:
+        return False
+    target = raw / _place(checked.image)
+    if target.exists():
+        target = target.with_name(f"{target.stem}-{checked.sha256[:12]}{target.suffix}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{PART_PREFIX}{checked.sha256[:12]}")
+    try:
+        part.write_bytes(data)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    return True
+
+
+def _place(image: ImageFile) -> PurePosixPath:
+    """Where an image belongs, relative to raw: one spelling of the split and the label."""
+    parts = PurePosixPath(image.path).parts
+    if image.split is None:
+        return PurePosixPath(image.label, *parts[1:])
+    return PurePosixPath(image.split, image.label, *parts[2:])
+
+
+def _parts(raw: Path) -> Iterator[Path]:
+    """What a killed run had not finished."""
+    for folder, _, names in os.walk(raw):
+        yield from (Path(folder, name) for name in names if name.startswith(PART_PREFIX))
+
+
+def _remove(raw: Path, files: Iterable[Path]) -> None:
+    """Removes files, and the folders in raw that this empties."""
+    for file in list(files):
+        file.unlink()
+        folder = file.parent
+        while folder != raw and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _named(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each of the first 20, and how many more."""
+    lines = [f"  {path}: {reason}" for path, reason in pairs]
+    return lines[:NUM_NAMED] + ([f"  and {len(lines) - NUM_NAMED:,} more"] if len(lines) > NUM_NAMED else [])

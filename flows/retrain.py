@@ -1,0 +1,115 @@
+"""The flow `retrain`: every stage in turn, then the gate. DVC decides whether a stage must run; the gate, what ships.
+
+A task carries out one stage and knows when to try again: fetch_backbone, which may touch a network, is retried where
+its trouble may pass; the others are functions of what lies on the disk, and doing those twice gives the same answer.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Completed
+from prefect.tasks import Task
+
+from flows import promotion, reports
+from flows.workspace import TEMPORARY_FAILURE, StageError, StageRun, exclusive, find_workspace, reproduce, track_raw
+from tasks.layout import Layout
+
+HOUR_S = 3600.0
+
+logger = logging.getLogger(__name__)
+
+StageTask = Callable[[Layout], State[StageRun]]
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a retrain came to.
+
+    Args:
+        stages: Each stage's run, in order.
+        verdict: What the gate said and what became of it.
+    """
+
+    stages: tuple[StageRun, ...]
+    verdict: promotion.Verdict
+
+
+def may_pass(_task: Task[..., object], _run: TaskRun, state: State[object]) -> bool:
+    """Whether a failed stage said that its trouble may pass by itself."""
+    failure = state.result(raise_on_failure=False)
+    return isinstance(failure, StageError) and failure.exit_code == TEMPORARY_FAILURE
+
+
+def stage_task(
+    name: str, *, timeout_s: float, retry_delays_s: tuple[float, ...] = (), tags: tuple[str, ...] = ()
+) -> StageTask:
+    """A Prefect task that brings one stage up to date.
+
+    The state is named "Up to date" where DVC had nothing to do, so that the Prefect UI shows what ran and what did not.
+    """
+
+    @task(
+        name=name,
+        task_run_name=name,
+        tags=["stage", *tags],
+        retries=len(retry_delays_s),
+        retry_delay_seconds=list(retry_delays_s) or None,
+        retry_condition_fn=may_pass,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+    def run(layout: Layout) -> State[StageRun]:
+        logger.info("[%s]", name)
+        done = reproduce(layout, name, timeout_s=timeout_s)
+        logger.info("[%s] %s (%.1f s)", name, done.outcome, done.seconds)
+        return Completed(name=done.outcome.capitalize(), message=f"{done.seconds:.1f} s", data=done)
+
+    return run
+
+
+fetch_backbone = stage_task("fetch_backbone", timeout_s=HOUR_S, retry_delays_s=(3, 10), tags=("network",))
+index_images = stage_task("index_images", timeout_s=12 * HOUR_S)
+validate_data = stage_task("validate_data", timeout_s=HOUR_S)
+cache_features = stage_task("cache_features", timeout_s=48 * HOUR_S, tags=("compute",))
+train_head = stage_task("train_head", timeout_s=4 * HOUR_S, tags=("compute",))
+finetune = stage_task("finetune", timeout_s=48 * HOUR_S, tags=("compute",))
+export_onnx = stage_task("export_onnx", timeout_s=HOUR_S)
+evaluate = stage_task("evaluate", timeout_s=12 * HOUR_S)
+
+
+@flow(name="retrain", flow_run_name="retrain", persist_result=False, validate_parameters=False)
+def retrain(root: Path | str = ".", promote: bool = True) -> Retrained:
+    """Brings the model up to date with the data, and the champion up to date with the model if that is better.
+
+    Args:
+        root: The workspace.
+        promote: Whether a challenger that passes the gate becomes champion.
+    """
+    layout = find_workspace(Path(root))
+    with exclusive(layout, "retrain"):
+        track_raw(layout)
+        states = [
+            fetch_backbone(layout),
+            index_images(layout),
+            validate_data(layout),
+            cache_features(layout),
+            train_head(layout),
+            finetune(layout),
+            export_onnx(layout),
+            evaluate(layout),
+        ]
+        verdict = judge(layout, promote)
+    retrained = Retrained(tuple(state.result() for state in states), verdict)
+    reports.publish(layout, retrained.stages, verdict)
+    return retrained
+
+
+@task(name="gate", task_run_name="gate", tags=["gate"], cache_policy=NO_CACHE, persist_result=False)
+def judge(layout: Layout, promote: bool) -> promotion.Verdict:
+    """Registers the bundle, puts it before the gate, and promotes it if it passes."""
+    return promotion.judge(layout, promote=promote)

@@ -1,0 +1,314 @@
+"""A checkout of this repository: its lock, and git and DVC as functions. The only caller of either."""
+
+import fcntl
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ruamel.yaml import YAML
+
+from deploy.errors import TanukiError
+from flows.graph import downstream, read_stages
+from tasks.layout import Layout
+
+TEMPORARY_FAILURE = 75
+"""Exit code of a stage whose trouble may pass by itself, such as a network's (EX_TEMPFAIL of sysexits.h)."""
+
+TAIL_LINES = 40
+DVC_CHATTER = re.compile(
+    r"^$|^Running stage |^> |^Generating lock|^Updating lock|^Use `dvc push`|^Data and pipelines|^Stage '|^Verifying|"
+    r"^To track the changes|^To enable auto|^\s+git add|^Skipping run, checking out|^ERROR: failed to (reproduce|run)"
+)
+
+logger = logging.getLogger(__name__)
+
+
+class WorkspaceError(TanukiError):
+    """Something about the checkout, git or DVC that a user can mend."""
+
+
+class StageError(TanukiError):
+    """A stage that stopped.
+
+    Args:
+        message: What the stage said.
+        exit_code: The stage's own exit code.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What became of one stage.
+
+    Args:
+        stage: Its name.
+        outcome: Whether it ran, was up to date, or came out of DVC's run cache.
+        seconds: Wall time, DVC included.
+    """
+
+    stage: str
+    outcome: Literal["ran", "up to date", "restored"]
+    seconds: float
+
+
+def find_workspace(start: Path) -> Layout:
+    """The workspace at or above a folder.
+
+    Raises:
+        WorkspaceError: If there is none, or it is not under git and DVC.
+    """
+    for folder in (start.resolve(), *start.resolve().parents):
+        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
+            _require_repositories(folder)
+            return Layout(folder)
+    raise WorkspaceError(
+        f"{start.resolve()} is no tanuki workspace: neither here nor above are dvc.yaml and params.yaml. "
+        "Change into your checkout of the repository, or name it with --root."
+    )
+
+
+def _require_repositories(folder: Path) -> None:
+    if not (folder / ".git").exists():
+        raise WorkspaceError(
+            f"{folder} is under no git repository of its own, and DVC keeps its pointers in git. "
+            "Run `git init && git add -A && git commit -m 'Start'` there."
+        )
+    if not (folder / ".dvc" / "config").is_file():
+        raise WorkspaceError(f"{folder} has no .dvc/config. Restore it from git, or run `dvc init` there.")
+
+
+@contextmanager
+def exclusive(layout: Layout, what: str) -> Iterator[None]:
+    """Holds the workspace's lock; the kernel lets go of it when this process and the DVC it started are gone.
+
+    Raises:
+        WorkspaceError: If another process holds it; says which.
+    """
+    layout.lock.parent.mkdir(parents=True, exist_ok=True)
+    with layout.lock.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise WorkspaceError(
+                f"{layout.root} is busy: {holder} holds it. Wait until that has ended; "
+                "to run two at once, use a second clone with a shared DVC cache."
+            ) from error
+        file.truncate(0)
+        file.write(f"`tanuki {what}` (process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+        file.flush()
+        os.set_inheritable(file.fileno(), True)
+        yield
+
+
+def environment() -> dict[str, str]:
+    """What child processes see: this interpreter's commands first, no telemetry."""
+    scripts = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    return {
+        **os.environ,
+        "PATH": path if path.split(os.pathsep)[0] == scripts else scripts + os.pathsep + path,
+        "DVC_NO_ANALYTICS": "1",
+        "DO_NOT_TRACK": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def git(layout: Layout, *arguments: str) -> str:
+    """Runs git and gives what it printed.
+
+    Raises:
+        WorkspaceError: If git is missing or refuses.
+    """
+    try:
+        run = subprocess.run(
+            ["git", *arguments], cwd=layout.root, capture_output=True, text=True, check=False, env=environment()
+        )
+    except FileNotFoundError as error:
+        raise WorkspaceError("git is not installed. Install it with your system's package manager.") from error
+    if run.returncode != 0:
+        raise WorkspaceError(f"`git {' '.join(arguments)}` failed: {run.stderr.strip()}")
+    return run.stdout.strip()
+
+
+def dvc(layout: Layout, *arguments: str) -> str:
+    """Runs dvc and gives what it printed.
+
+    Raises:
+        WorkspaceError: If dvc refuses.
+    """
+    run = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=layout.root,
+        capture_output=True,
+        text=True,
+        check=False,
+        close_fds=False,
+        env=environment(),
+    )
+    if run.returncode != 0:
+        raise WorkspaceError(f"`dvc {' '.join(arguments)}` failed: {run.stderr.strip() or run.stdout.strip()}")
+    return run.stdout.strip()
+
+
+def track_raw(layout: Layout) -> None:
+    """Puts data/raw as it is now under DVC: the bytes into its cache, the pointer into data/raw.dvc."""
+    dvc(layout, "--wait-for-lock", "add", "--quiet", str(layout.raw.relative_to(layout.root)))
+
+
+def stale_stages(layout: Layout) -> dict[str, list[str]]:
+    """The stages that a retrain would run, each with the reasons, in order; empty when nothing changed.
+
+    A stage that only waits for an earlier one has the reason that an earlier one runs.
+    """
+    told: dict[str, Any] = json.loads(dvc(layout, "status", "--json") or "{}")
+    reasons = {name: _reasons(changes) for name, changes in told.items() if not name.endswith(".dvc")}
+    if any(name.endswith(".dvc") for name in told):
+        reasons.setdefault("index_images", ["data/raw was changed since `dvc add`"])
+    stages = read_stages(layout.pipeline)
+    return {name: reasons.get(name, ["an earlier stage runs"]) for name in downstream(stages, set(reasons))}
+
+
+def _reasons(changes: list[Any]) -> list[str]:
+    """DVC's nested status of one stage as sentences."""
+    sentences = []
+    for change in changes:
+        if isinstance(change, str):
+            sentences.append(change)
+            continue
+        for where, what in change.items():
+            for path, state in what.items():
+                keys = ", ".join(state) if isinstance(state, dict) else state
+                sentences.append(f"{path}: {keys}" + (" (output)" if where == "changed outs" else ""))
+    return sentences
+
+
+def reproduce(layout: Layout, stage: str, *, timeout_s: float) -> StageRun:
+    """Brings one stage up to date through DVC and logs what it prints as it comes.
+
+    Raises:
+        StageError: If the stage stopped; the message is the stage's own.
+    """
+    start = time.perf_counter()
+    lines = _stream(layout, stage, ["dvc", "repro", "--single-item", stage], timeout_s)
+    outcome: Literal["ran", "up to date", "restored"] = "ran"
+    if any("didn't change, skipping" in line for line in lines):
+        outcome = "up to date"
+    elif any("is cached - skipping run" in line for line in lines):
+        outcome = "restored"
+    return StageRun(stage, outcome, time.perf_counter() - start)
+
+
+def run_recipe(layout: Layout, recipe: str, *, timeout_s: float) -> None:
+    """Runs a module of tasks that is no stage of the pipeline, and logs what it prints as it comes.
+
+    Raises:
+        StageError: If it stopped; the message is its own.
+    """
+    _stream(layout, recipe, ["tasks", recipe], timeout_s)
+
+
+def _stream(layout: Layout, name: str, module: list[str], timeout_s: float) -> list[str]:
+    """Runs ``python -m MODULE...``, logs its lines and gives the last of them.
+
+    The child inherits the workspace's lock: while it lives, the workspace is busy, whatever became of this process.
+    """
+    start = time.perf_counter()
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    with subprocess.Popen(
+        [sys.executable, "-m", *module],
+        cwd=layout.root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        close_fds=False,
+        env=environment(),
+    ) as process:
+        watchdog = threading.Timer(timeout_s, process.terminate)
+        watchdog.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                text = line.rstrip()
+                tail.append(text)
+                if not DVC_CHATTER.match(text):
+                    logger.info("%s", text)
+            process.wait()
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            watchdog.cancel()
+    if process.returncode != 0:
+        timed_out = time.perf_counter() - start >= timeout_s
+        raise _stage_error(name, list(tail), process.returncode, timed_out, timeout_s)
+    return list(tail)
+
+
+def _stage_error(stage: str, tail: list[str], returncode: int, timed_out: bool, timeout_s: float) -> StageError:
+    """What the stage said, without DVC's words around it."""
+    text = "\n".join(tail)
+    if timed_out:
+        return StageError(
+            f"{stage} was stopped after {timeout_s:.0f} s. What it did is kept; run it again to go on.", 124
+        )
+    found = re.search(r"exited with (-?\d+)", text)
+    exit_code = int(found.group(1)) if found else returncode
+    if "is busy" in text or "Unable to acquire lock" in text:
+        return StageError(
+            f"{stage}: DVC is busy in this workspace: another dvc command runs. Wait until it has ended.", 1
+        )
+    starts = [number for number, line in enumerate(tail) if line.startswith(f"{stage}: ")]
+    said = tail[starts[-1] :] if starts and exit_code in (1, TEMPORARY_FAILURE, 130) else tail
+    return StageError("\n".join(line for line in said if not DVC_CHATTER.match(line)).strip() or text, exit_code)
+
+
+def lineage(layout: Layout) -> dict[str, Any]:
+    """Where the workspace stands: git commit, whether anything is not committed, and DVC's hash of every output."""
+    changed = [line[3:] for line in git(layout, "status", "--porcelain").splitlines()]
+    return {
+        "git_commit": _head(layout),
+        "git_uncommitted": changed[:50],
+        "data_version": data_version(layout),
+        "dvc_outputs": _locked_outputs(layout),
+    }
+
+
+def _head(layout: Layout) -> str | None:
+    try:
+        return git(layout, "rev-parse", "HEAD")
+    except WorkspaceError:
+        return None  # a repository without a commit
+
+
+def data_version(layout: Layout) -> str | None:
+    """DVC's hash of data/raw, or None before the first `dvc add`."""
+    if not layout.raw_pointer.is_file():
+        return None
+    pointer = YAML(typ="safe", pure=True).load(layout.raw_pointer.read_text(encoding="utf-8"))
+    return str(pointer["outs"][0]["md5"])
+
+
+def _locked_outputs(layout: Layout) -> dict[str, str]:
+    lock = layout.root / "dvc.lock"
+    if not lock.is_file():
+        return {}
+    stages = YAML(typ="safe", pure=True).load(lock.read_text(encoding="utf-8"))["stages"]
+    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", ())}

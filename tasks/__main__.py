@@ -1,0 +1,82 @@
+"""Runs one stage: `python -m tasks STAGE`. DVC calls this, and so may you.
+
+A stage is a module of this package with ``run(layout, *, seed, SECTION...) -> report``: its keyword names are sections
+of params.yaml, and the report, a small frozen record, becomes data/reports/STAGE.json.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import logging
+import sys
+import time
+from pathlib import Path
+
+from deploy.files import write_json
+from tasks.errors import NetworkError, TanukiError
+from tasks.layout import Layout
+from tasks.params import Params, load_params
+
+STAGES = (
+    "fetch_backbone",
+    "index_images",
+    "validate_data",
+    "cache_features",
+    "train_head",
+    "finetune",
+    "export_onnx",
+    "evaluate",
+)
+
+RECIPES = ("pretrain",)
+"""Run the same way, but no stage of the pipeline."""
+
+TEMPORARY_FAILURE = 75
+"""EX_TEMPFAIL of sysexits.h: trying again may help."""
+
+logger = logging.getLogger("tasks")
+
+
+def main() -> int:
+    """Runs the stage named on the command line; 0 done, 1 a user's mistake, 2 usage, 75 may pass."""
+    parser = argparse.ArgumentParser(prog="python -m tasks", description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=(*STAGES, *RECIPES))
+    parser.add_argument("--root", type=Path, default=Path(), help="the workspace (default: here)")
+    arguments = parser.parse_args()
+    _configure_logging()
+    layout = Layout(arguments.root.resolve())
+    try:
+        run_stage(arguments.stage, layout, load_params(layout.params))
+    except TanukiError as error:
+        print(f"{arguments.stage}: {error}", file=sys.stderr)
+        return TEMPORARY_FAILURE if isinstance(error, NetworkError) else 1
+    except OSError as error:
+        print(f"{arguments.stage}: {error}. Nothing was lost; free space or mend it, and run again.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{arguments.stage}: interrupted; run it again to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _configure_logging() -> None:
+    """Our own lines, and the warnings of others."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for room in ("tasks", "deploy"):
+        logging.getLogger(room).setLevel(logging.INFO)
+
+
+def run_stage(stage: str, layout: Layout, params: Params) -> None:
+    """Runs a stage and writes its report."""
+    run = importlib.import_module(f"tasks.{stage}").run
+    sections = [name for name in inspect.signature(run).parameters if name != "layout"]
+    logger.info("%s starts", stage)
+    start = time.perf_counter()
+    report = run(layout, **{name: getattr(params, name) for name in sections})
+    write_json(layout.report(stage), dataclasses.asdict(report))
+    logger.info("%s done in %.1f s", stage, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

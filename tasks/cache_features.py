@@ -1,0 +1,324 @@
+"""Stage cache_features: each new image through the frozen backbone once, in a few views, into the feature store.
+
+What is stored already is not computed again: adding 1 % of images costs 1 %, relabelling or renaming costs nothing.
+A few stored rows are computed again in each run; if they differ, the cache is stale and its space is refilled.
+Images of the val and test splits are only seen as they will be served (view centre).
+onnxruntime and the decoders release the GIL, so plain threads use all cores. No torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from deploy.errors import ImageError
+from deploy.files import sha256_bytes
+from deploy.images import decode_image
+from deploy.machine import available_cores
+from deploy.runtime import open_session
+from tasks.data.feature_store import FeatureStore, Key, not_storable, writing
+from tasks.data.features import ENGINE, feature_space
+from tasks.data.manifest import read_manifest
+from tasks.data.views import CENTRE, apply_view, is_crop, training_views
+from tasks.errors import DataError, StoreError
+from tasks.export.preprocessing import preprocessing_graph
+from tasks.models.backbone_card import read_card
+from tasks.progress import progress
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+    import pandas as pd
+
+    from tasks.layout import Layout
+    from tasks.models.backbone_card import BackboneCard
+    from tasks.params import AugmentParams, FeaturesParams
+
+COMMIT_ROWS = 512  # a kill loses at most these
+RECHECK_TOLERANCE = (
+    5e-3  # relative L2; float16 storage costs 2e-4, another CPU's kernels 1e-5, a wrong resize 1e-2 and more
+)
+NAMED = 20  # how many images an error names
+
+logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class CacheFeaturesReport:
+    """What was done, in images and in features (one image in one view is one feature)."""
+
+    num_images: int
+    num_features: int
+    views: tuple[str, ...]
+    extracted: int
+    reused: int
+    rechecked: int
+    stale: int
+    feature_dim: int
+    engine: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """One picture and the views of it to compute."""
+
+    path: Path
+    sha256: str
+    views: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Features (n, D) float32 of these keys, and what was wrong with the pictures that have none."""
+
+    keys: list[Key]
+    features: NDArray[np.float32]
+    unusable: list[str]
+    overflowing: list[str]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """The frozen backbone behind its preprocessing, safe to call from several threads."""
+
+    preprocess: ort.InferenceSession
+    preprocess_crop: ort.InferenceSession
+    trunk: ort.InferenceSession
+    feature_dim: int
+    min_area_fraction: float
+    hflip: bool
+
+    def __call__(self, batch: Sequence[Work]) -> Extracted:
+        """Decodes and shows each picture of a batch, and runs the trunk on all of them at once."""
+        keys: list[Key] = []
+        pixels: list[NDArray[np.float32]] = []
+        unusable: list[str] = []
+        for work in batch:
+            try:
+                image = _decode(work)
+            except (OSError, ImageError, DataError) as error:
+                unusable.append(f"{work.path} ({error})")
+                continue
+            keys += [Key(work.sha256, view) for view in work.views]
+            pixels += [self._pixels(image, view, work.sha256) for view in work.views]
+        if not pixels:
+            return Extracted([], np.empty((0, self.feature_dim), np.float32), unusable, [])
+        (features,) = self.trunk.run(["embedding"], {"pixels": np.concatenate(pixels)})  # (n, D)
+        bad = set(not_storable(features))
+        paths = {work.sha256: work.path for work in batch}
+        good = [row for row in range(len(keys)) if row not in bad]
+        return Extracted(
+            [keys[row] for row in good],
+            features[good],
+            unusable,
+            [f"{paths[keys[row].image_sha256]} (view {keys[row].view})" for row in sorted(bad)],
+        )
+
+    def _pixels(self, image: NDArray[np.uint8], view: str, key: str) -> NDArray[np.float32]:
+        """(1, 3, S, S) normalised, of one view."""
+        shown = apply_view(image, view, key=key, min_area_fraction=self.min_area_fraction, hflip=self.hflip)
+        session = self.preprocess_crop if is_crop(view) else self.preprocess
+        (pixels,) = session.run(["pixels"], {"images": shown[None]})
+        return pixels  # type: ignore[no-any-return]
+
+
+def run(layout: Layout, *, features: FeaturesParams, augment: AugmentParams) -> CacheFeaturesReport:
+    """Fills data/features with what is missing for data/manifest/accepted.parquet.
+
+    Raises:
+        DataError: If images are missing, changed or do not decode; all are named, and the others are stored.
+        StoreError: If features are not finite in float16, or another process writes the store.
+    """
+    card = read_card(layout.backbone_card)
+    images = read_manifest(layout.accepted)
+    views = training_views(
+        features.views,
+        num_train=int((images["split"] == "train").sum()),
+        min_area_fraction=augment.min_area_fraction,
+        hflip=augment.hflip,
+    )
+    wanted = _wanted(images, layout.raw, views)
+    _refuse_missing(wanted)
+    extractor = _open_extractor(layout, card, augment)
+    with writing(layout.features_dir, feature_space(card)) as store:
+        rechecked = _recheck_choice(store, wanted, features.recheck)
+        stale = _recheck(store, rechecked, extractor)
+        missing = _missing(store, wanted)
+        extracted = _extract(store, missing, extractor, features.batch_size)
+    num_features = sum(len(work.views) for work in wanted)
+    logger.info("%d features: %d extracted, %d reused", num_features, extracted, num_features - extracted)
+    return CacheFeaturesReport(
+        num_images=len(wanted),
+        num_features=num_features,
+        views=views,
+        extracted=extracted,
+        reused=num_features - extracted,
+        rechecked=len(rechecked),
+        stale=stale,
+        feature_dim=card.feature_dim,
+        engine=ENGINE,
+    )
+
+
+def _wanted(images: pd.DataFrame, raw: Path, views: tuple[str, ...]) -> list[Work]:
+    """Each distinct picture and its views, in the order of content: the order of the shards hangs on no file name."""
+    work: dict[str, Work] = {}
+    for path, sha, split in images[["path", "sha256", "split"]].astype(str).to_numpy().tolist():
+        mine = views if split == "train" else (CENTRE,)
+        if sha not in work or len(mine) > len(work[sha].views):
+            work[sha] = Work(raw / path, sha, mine)
+    return [work[sha] for sha in sorted(work)]
+
+
+def _refuse_missing(wanted: Sequence[Work]) -> None:
+    """Raises DataError naming all images whose file is gone."""
+    if gone := [str(work.path) for work in wanted if not work.path.is_file()]:
+        raise DataError(
+            f"{len(gone)} accepted image(s) are not there any more: {_named(gone)}. "
+            "Put them back (`dvc checkout`), or run `dvc repro` so that index_images takes note."
+        )
+
+
+def _open_extractor(layout: Layout, card: BackboneCard, augment: AugmentParams) -> Extractor:
+    opset = max(entry.version for entry in onnx.load(layout.preprocess_onnx).opset_import)
+    crop_graph = preprocessing_graph(size_px=card.size_px, crop_fraction=1.0, mean=card.mean, std=card.std, opset=opset)
+    return Extractor(
+        preprocess=open_session(layout.preprocess_onnx),
+        preprocess_crop=open_session(crop_graph.SerializeToString()),
+        trunk=open_session(layout.trunk_onnx),
+        feature_dim=card.feature_dim,
+        min_area_fraction=augment.min_area_fraction,
+        hflip=augment.hflip,
+    )
+
+
+def _decode(work: Work) -> NDArray[np.uint8]:
+    """The picture (H, W, 3), if its bytes are still those that were indexed."""
+    data = work.path.read_bytes()
+    if sha256_bytes(data) != work.sha256:
+        raise DataError("changed since it was indexed")
+    return decode_image(data, max_pixels=sys.maxsize)  # these bytes were accepted: index_images has judged the size
+
+
+def _missing(store: FeatureStore, wanted: Iterable[Work]) -> list[Work]:
+    """What is not stored yet."""
+    missing = (
+        Work(work.path, work.sha256, tuple(view for view in work.views if Key(work.sha256, view) not in store))
+        for work in wanted
+    )
+    return [work for work in missing if work.views]
+
+
+def _recheck_choice(store: FeatureStore, wanted: Sequence[Work], number: int) -> list[Work]:
+    """Stored rows to compute again: spread by a hash that moves with the set of images, one view each."""
+    salt = sha256_bytes("".join(work.sha256 for work in wanted).encode())
+    stored = [
+        (sha256_bytes(f"{salt}{work.sha256}{view}".encode()), Work(work.path, work.sha256, (view,)))
+        for work in wanted
+        for view in work.views
+        if Key(work.sha256, view) in store
+    ]
+    return [work for _, work in sorted(stored, key=lambda pair: pair[0])[:number]]
+
+
+def _recheck(store: FeatureStore, chosen: list[Work], extractor: Extractor) -> int:
+    """Number of stored rows that are not what is computed now; with one such row none of the space can be trusted."""
+    if not chosen:
+        return 0
+    again = extractor(chosen)
+    _raise_problems(again.unusable, again.overflowing)
+    difference = np.linalg.norm(store.gather(again.keys) - again.features, axis=1)
+    allowed = RECHECK_TOLERANCE * np.linalg.norm(again.features, axis=1) + 1e-6
+    stale = int((difference > allowed).sum())
+    if stale:
+        logger.warning(
+            "%s: %d of %d stored features are not what the backbone gives now: all %d are dropped and computed again",
+            store.directory,
+            stale,
+            len(chosen),
+            len(store),
+        )
+        store.drop_all()
+    return stale
+
+
+def _extract(store: FeatureStore, missing: list[Work], extractor: Extractor, batch_size: int) -> int:
+    """Computes and commits what is missing, `COMMIT_ROWS` at a time; gives the number of rows stored."""
+    batches = _batches(progress(missing, total=len(missing), what="cache_features"), batch_size)
+    unusable: list[str] = []
+    overflowing: list[str] = []
+    pending: list[Extracted] = []
+    before = len(store)
+    try:
+        for part in _ordered_map(extractor, batches, workers=available_cores()):
+            unusable += part.unusable
+            overflowing += part.overflowing
+            pending.append(part)
+            if sum(len(each.keys) for each in pending) >= COMMIT_ROWS:
+                _commit(store, pending)
+    finally:
+        _commit(store, pending)
+    _raise_problems(unusable, overflowing)
+    return len(store) - before
+
+
+def _commit(store: FeatureStore, pending: list[Extracted]) -> None:
+    """Stores and forgets what was computed."""
+    if keys := [key for part in pending for key in part.keys]:
+        store.append(keys, np.concatenate([part.features for part in pending]))
+    pending.clear()
+
+
+def _batches(works: Iterable[Work], batch_size: int) -> Iterator[list[Work]]:
+    """Pictures together until they have ``batch_size`` views (a picture's views stay together: it is decoded once)."""
+    batch: list[Work] = []
+    for work in works:
+        batch.append(work)
+        if sum(len(each.views) for each in batch) >= batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _ordered_map(call: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
+    """Results in the order of the items, from threads; never more than two items a thread are under way."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) >= 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _raise_problems(unusable: Sequence[str], overflowing: Sequence[str]) -> None:
+    """Raises one error that names every picture without features."""
+    if unusable:
+        raise DataError(
+            f"{len(unusable)} accepted image(s) cannot be used: {_named(unusable)}. Every other feature is stored. "
+            "Run `dvc repro` so that index_images takes note of them, or put the old files back (`dvc checkout`)."
+        )
+    if overflowing:
+        raise StoreError(
+            f"{len(overflowing)} feature(s) are not finite in float16 (NaN, or above 65,504): {_named(overflowing)}. "
+            "Every other feature is stored. The weights or their mean and std (backbone in params.yaml) may be wrong."
+        )
+
+
+def _named(names: Sequence[str]) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,277 @@
+"""The feature store: rows of float16 under content keys, in append-only shards.
+
+A *space* is everything that decides a feature besides the picture and its view: trunk, preprocessing, engine and
+precision. Each space is a folder of shards. A shard is two files, written once and never changed:
+
+    SPACE/space.json       what the space is
+    SPACE/000001.npy       (n, D) float16, read through mmap
+    SPACE/000001.json      the key of each row and a digest over both; its rename commits the shard
+
+So a kill at any moment leaves whole shards and at most a stray file, which the next writer sweeps; a shard that does
+not have its digest is named, and the next writer drops it. Deleting the folder loses time and nothing else.
+Written by tasks.cache_features, read through tasks.data.features.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.files import atomic_path, sha256_bytes, write_json, write_text
+from tasks.errors import StoreError
+
+LOCK_WAIT_S = 60.0
+LOCK_POLL_S = 0.2
+
+logger = logging.getLogger(__name__)
+
+
+class Key(NamedTuple):
+    """Names one row of a space."""
+
+    image_sha256: str
+    view: str
+
+
+@dataclass(frozen=True)
+class Space:
+    """What decides a feature besides the picture and its view.
+
+    Args:
+        trunk_sha256: Weights, architecture and depths of the frozen backbone.
+        preprocessing_sha256: Size, crop, mean and std.
+        engine: What computed it and in which precision.
+        feature_dim: D.
+    """
+
+    trunk_sha256: str
+    preprocessing_sha256: str
+    engine: str
+    feature_dim: int
+
+    @property
+    def name(self) -> str:
+        """The folder of the space."""
+        return sha256_bytes(json.dumps(asdict(self), sort_keys=True).encode())[:16]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A committed shard: its features file, and the keys of its rows in order."""
+
+    path: Path
+    keys: tuple[Key, ...]
+
+
+@dataclass(eq=False)
+class FeatureStore:
+    """The rows of one space, for reading; a `writing` store can also append and drop.
+
+    Args:
+        directory: The folder of the space.
+        space: What it holds.
+    """
+
+    directory: Path
+    space: Space
+    shards: list[Shard] = field(default_factory=list)
+    rows: dict[Key, tuple[int, int]] = field(default_factory=dict)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def gather(self, keys: Sequence[Key]) -> NDArray[np.float32]:
+        """The features of these keys, (N, D) float32.
+
+        Raises:
+            StoreError: If some are not stored.
+        """
+        if missing := [key for key in keys if key not in self.rows]:
+            raise StoreError(
+                f"{self.directory}: {len(missing)} of {len(keys)} features are not stored, such as view "
+                f"{missing[0].view} of image {missing[0].image_sha256[:12]}. Run `python -m tasks cache_features`."
+            )
+        features = np.empty((len(keys), self.space.feature_dim), np.float32)
+        places = np.array([self.rows[key] for key in keys], dtype=np.int64).reshape(-1, 2)
+        for index in np.unique(places[:, 0]):
+            chosen = places[:, 0] == index
+            features[chosen] = np.load(self.shards[index].path, mmap_mode="r", allow_pickle=False)[places[chosen, 1]]
+        return features
+
+    def append(self, keys: Sequence[Key], features: NDArray[np.floating[Any]]) -> None:
+        """Commits one shard: after this returns, the rows survive a kill.
+
+        Args:
+            keys: One a row, none of them stored yet.
+            features: (n, D), finite as float16 (see `not_storable`).
+
+        Raises:
+            StoreError: If a row is not finite or too large for float16.
+        """
+        number = 1 + max((int(shard.path.stem) for shard in self.shards), default=0)
+        shard = Shard(self.directory / f"{number:06d}.npy", tuple(keys))
+        if bad := not_storable(features):
+            named = ", ".join(f"view {keys[row].view} of image {keys[row].image_sha256[:12]}" for row in bad[:20])
+            raise StoreError(f"{shard.path}: {len(bad)} features are not finite in float16: {named}.")
+        with atomic_path(shard.path) as temporary, temporary.open("wb") as file:
+            np.save(file, np.ascontiguousarray(features, dtype=np.float16), allow_pickle=False)
+        index = {"sha256": _digest(shard), "rows": [list(key) for key in keys]}
+        write_text(_index_path(shard.path), json.dumps(index, separators=(",", ":")) + "\n")
+        self._register(shard)
+
+    def drop_all(self) -> None:
+        """Forgets every row of the space."""
+        for shard in self.shards:
+            _remove(shard.path)
+        self.shards.clear()
+        self.rows.clear()
+
+    def _register(self, shard: Shard) -> None:
+        self.rows.update({key: (len(self.shards), row) for row, key in enumerate(shard.keys)})
+        self.shards.append(shard)
+
+
+def not_storable(features: NDArray[np.floating[Any]]) -> list[int]:
+    """Rows of (n, D) that hold NaN, infinity, or what float16 cannot (above 65,504)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return [int(row) for row in np.flatnonzero(~np.isfinite(features.astype(np.float16)).all(axis=1))]
+
+
+def open_store(root: Path, space: Space) -> FeatureStore:
+    """Opens a space for reading; one that does not exist yet is empty.
+
+    Raises:
+        StoreError: If shards are damaged; all are named.
+    """
+    store, damaged = _read(root / space.name, space)
+    if damaged:
+        raise StoreError(
+            f"{store.directory}: {len(damaged)} shard(s) are damaged: {_names(damaged)}. "
+            "Run `python -m tasks cache_features`: it drops them and computes their features again."
+        )
+    return store
+
+
+@contextmanager
+def writing(root: Path, space: Space, *, wait_s: float = LOCK_WAIT_S) -> Iterator[FeatureStore]:
+    """Opens a space for writing, held by one process at a time; damaged shards and strays are dropped first.
+
+    Args:
+        root: The folder of all spaces.
+        space: Which.
+        wait_s: How long to wait for another writer, in seconds.
+
+    Raises:
+        StoreError: If another process keeps writing it.
+    """
+    directory = root / space.name
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory, wait_s):
+        store, damaged = _read(directory, space)
+        if damaged:
+            logger.warning(
+                "%s: dropped %d damaged shard(s): %s; their features are computed again",
+                directory,
+                len(damaged),
+                _names(damaged),
+            )
+        for path in damaged:
+            _remove(path)
+        _sweep(store)
+        write_json(directory / "space.json", asdict(space))
+        yield store
+
+
+def _read(directory: Path, space: Space) -> tuple[FeatureStore, list[Path]]:
+    """The store of all whole shards, and the feature files of the damaged ones."""
+    store, damaged = FeatureStore(directory, space), []
+    for index_path in sorted(directory.glob("[0-9]*.json")):
+        shard = _read_shard(index_path, space.feature_dim)
+        if shard is None:
+            damaged.append(index_path.with_suffix(".npy"))
+        else:
+            store._register(shard)
+    return store, damaged
+
+
+def _read_shard(index_path: Path, feature_dim: int) -> Shard | None:
+    """A shard whose digest, shape and type hold, else None."""
+    try:
+        index = json.loads(index_path.read_bytes())
+        shard = Shard(index_path.with_suffix(".npy"), tuple(Key(*row) for row in index["rows"]))
+        if _digest(shard) != index["sha256"]:
+            return None
+        features = np.load(shard.path, mmap_mode="r", allow_pickle=False)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError):
+        return None
+    return shard if features.shape == (len(shard.keys), feature_dim) and features.dtype == np.float16 else None
+
+
+def _digest(shard: Shard) -> str:
+    """Over the features and the keys: neither can change alone."""
+    keys = "\n".join(f"{key.image_sha256} {key.view}" for key in shard.keys)
+    return sha256_bytes(shard.path.read_bytes() + keys.encode())
+
+
+def _sweep(store: FeatureStore) -> None:
+    """Removes what a killed writer left: temporary files, and features without their index."""
+    committed = {path for shard in store.shards for path in (shard.path, _index_path(shard.path))}
+    for path in store.directory.iterdir():
+        if path.is_file() and path not in committed and path.name != "space.json":
+            logger.info("%s: left by an interrupted run, removed", path)
+            path.unlink()
+
+
+def _remove(features_path: Path) -> None:
+    """Takes a shard out, its index first, so that a kill between the two leaves a stray and no broken shard."""
+    _index_path(features_path).unlink(missing_ok=True)
+    features_path.unlink(missing_ok=True)
+
+
+def _index_path(features_path: Path) -> Path:
+    return features_path.with_suffix(".json")
+
+
+def _names(paths: Iterable[Path]) -> str:
+    return ", ".join(path.name for path in paths)
+
+
+@contextmanager
+def _locked(directory: Path, wait_s: float) -> Iterator[None]:
+    """Holds the folder itself: no lock file that DVC would track, and the kernel frees it when the process dies."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        deadline, told = time.monotonic() + wait_s, False
+        while not _try_lock(handle):
+            if time.monotonic() >= deadline:
+                raise StoreError(
+                    f"{directory} is being written by another process, for more than {wait_s:g} s. "
+                    "Wait for it to finish (or end it) and run again; nothing was changed."
+                )
+            if not told:
+                logger.info("%s: another process writes it; waiting up to %g s", directory, wait_s)
+                told = True
+            time.sleep(LOCK_POLL_S)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,135 @@
+"""The image files of a folder of labelled images, and what their folders say: label and official split.
+
+Two layouts, which may be mixed: ``LABEL/...`` and ``train|val|valid|validation|test/LABEL/...``. Folders below the
+label are only part of the path. Used by index_images on data/raw and by flows.ingest on a person's folder.
+"""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tasks.data.splits import Split
+
+SPLIT_FOLDERS: dict[str, Split] = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+NO_IMAGE_NAMES = frozenset({"thumbs.db", "desktop.ini", "icon\r", "license", "licence", "readme", "makefile"})
+NO_IMAGE_FOLDERS = frozenset({"__macosx"})
+NO_IMAGE_SUFFIXES = re.compile(
+    r"\.(txt|md|rst|csv|tsv|jsonl?|xml|ya?ml|toml|html?|pdf|docx?|xlsx?|log|ini|db|sqlite|dvc|lnk|url"
+    r"|py|ipynb|sh|bat|js|css|npy|npz|mat|h5|parquet|pkl|zip|tar|t?gz|bz2|xz|7z|rar|mp4|mov|avi|mkv|webm|mp3|wav)$"
+)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A file that should be an image.
+
+    Args:
+        path: Posix, relative to the folder that was listed, as it is on disk.
+        label: Name of its class folder, NFC-normalised text.
+        split: The official split its folder names, or None.
+    """
+
+    path: str
+    label: str
+    split: Split | None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder of labelled images holds.
+
+    Args:
+        images: Sorted by path.
+        skipped: Posix paths that are not images by their name or place, with the reason, sorted by path.
+        empty_classes: Class folders without one image.
+    """
+
+    images: tuple[ImageFile, ...]
+    skipped: tuple[tuple[str, str], ...]
+    empty_classes: tuple[str, ...]
+
+    @property
+    def official_splits(self) -> frozenset[Split]:
+        return frozenset(image.split for image in self.images if image.split is not None)
+
+
+def list_images(root: Path) -> Listing:
+    """Lists the labelled images under ``root``. File links are followed (DVC makes them), folder links are not."""
+    images: list[ImageFile] = []
+    skipped: list[tuple[str, str]] = []
+    empty: list[str] = []
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name) if root.is_dir() else []:
+        reason = _skip_reason(entry)
+        if reason is None and not entry.is_dir():
+            reason = "lies beside the class folders, so it has no label"
+        if reason is not None:
+            skipped.append((_printable(entry.name), reason))
+            continue
+        for folder, split in _class_folders(Path(entry.path), skipped, root):
+            label = unicodedata.normalize("NFC", folder.name)
+            before = len(images)
+            images += [ImageFile(path, label, split) for path in _walk(folder, skipped, root)]
+            if len(images) == before:
+                empty.append(folder.relative_to(root).as_posix())
+    images.sort(key=lambda image: image.path)
+    return Listing(tuple(images), tuple(sorted(skipped)), tuple(empty))
+
+
+def _class_folders(folder: Path, skipped: list[tuple[str, str]], root: Path) -> Iterator[tuple[Path, Split | None]]:
+    """The class folders that a top-level folder is or holds, each with its official split."""
+    split = SPLIT_FOLDERS.get(folder.name.lower())
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    if split is None or any(_skip_reason(entry) is None and not entry.is_dir() for entry in entries):
+        yield folder, None
+        return
+    for entry in entries:
+        reason = _skip_reason(entry)
+        if reason is None:
+            yield Path(entry.path), split
+        else:
+            skipped.append((_printable(str(Path(entry.path).relative_to(root))), reason))
+
+
+def _walk(folder: Path, skipped: list[tuple[str, str]], root: Path) -> Iterator[str]:
+    """Posix paths, relative to ``root``, of the images in and below a class folder."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        path = PurePosixPath(Path(entry.path).relative_to(root))
+        reason = _skip_reason(entry)
+        if reason is not None:
+            skipped.append((_printable(str(path)), reason))
+        elif entry.is_dir():
+            yield from _walk(Path(entry.path), skipped, root)
+        else:
+            yield str(path)
+
+
+def _skip_reason(entry: os.DirEntry[str]) -> str | None:
+    """Why an entry cannot be an image or hold some, judged by its name and kind; None where it can."""
+    name = entry.name.lower()
+    if name.startswith("."):
+        return "hidden"
+    if entry.name != _printable(entry.name):
+        return "its name is no UTF-8 text"
+    if entry.is_dir():
+        if entry.is_symlink():
+            return "a link to a folder"
+        return "no folder of images" if name in NO_IMAGE_FOLDERS else None
+    if not entry.is_file():
+        return "a broken link or no plain file"
+    if name in NO_IMAGE_NAMES or NO_IMAGE_SUFFIXES.search(name):
+        return "no image by its name"
+    return None
+
+
+def _printable(name: str) -> str:
+    """A name that can be encoded as UTF-8."""
+    return name.encode(errors="replace").decode()

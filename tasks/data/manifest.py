@@ -1,0 +1,133 @@
+"""The manifest: one row an image, as a parquet file that is the same bytes whenever the rows are the same.
+
+Written by index_images (every file of data/raw) and validate_data (the rows that passed), read by every later stage.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deploy.files import atomic_path
+from tasks.data.splits import Split
+from tasks.errors import DataError
+
+# Raised when the same bytes would now get other facts (decoder, hash, statistics): older rows are then computed again.
+FACTS_VERSION: Final = 1
+
+SCHEMA: Final = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),  # posix, relative to data/raw
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),  # upright, px
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("mode", pa.string(), nullable=False),
+        pa.field("format", pa.string(), nullable=False),
+        pa.field("num_frames", pa.int32(), nullable=False),
+        pa.field("exif_orientation", pa.int32(), nullable=False),
+        pa.field("phash", pa.string(), nullable=False),  # 16 hex digits
+        pa.field("brightness", pa.float32(), nullable=False),  # mean luma, 0..255
+        pa.field("contrast", pa.float32(), nullable=False),  # standard deviation of luma
+        pa.field("sharpness", pa.float32(), nullable=False),  # variance of the Laplacian of luma
+        pa.field("error", pa.string(), nullable=True),  # why it does not decode; null: it does
+        pa.field("group", pa.string(), nullable=False),  # near-duplicates share it
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("official_split", pa.bool_(), nullable=False),
+    ],
+    metadata={"tanuki.facts_version": str(FACTS_VERSION)},
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of an image from its bytes alone; zeros and empty texts where it does not decode."""
+
+    sha256: str
+    size_bytes: int
+    width: int = 0
+    height: int = 0
+    mode: str = ""
+    format: str = ""
+    num_frames: int = 0
+    exif_orientation: int = 0
+    phash: str = ""
+    brightness: float = 0.0
+    contrast: float = 0.0
+    sharpness: float = 0.0
+    error: str | None = None
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of the manifest."""
+
+    path: str
+    label: str
+    facts: Facts
+    split: Split
+    official_split: bool
+
+
+def rows_to_frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """A manifest of rows, as `read_manifest` would give it."""
+    records = [
+        {
+            "path": row.path,
+            "label": row.label,
+            **asdict(row.facts),
+            "split": row.split,
+            "official_split": row.official_split,
+        }
+        for row in rows
+    ]
+    frame: pd.DataFrame = pa.Table.from_pylist(records, schema=SCHEMA).to_pandas()
+    return frame.sort_values("path", kind="stable", ignore_index=True)
+
+
+def write_manifest(path: Path, frame: pd.DataFrame) -> None:
+    """Writes a manifest atomically, sorted by path."""
+    frame = frame.sort_values("path", kind="stable", ignore_index=True)
+    table = pa.Table.from_pandas(frame, schema=SCHEMA, preserve_index=False).replace_schema_metadata(SCHEMA.metadata)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_manifest(path: Path) -> pd.DataFrame:
+    """A manifest sorted by path; ``error`` is missing (``isna``) where the image decodes.
+
+    Raises:
+        DataError: If it is missing or no manifest of this version.
+    """
+    try:
+        table = pq.read_table(path, schema=SCHEMA)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is missing. Run `tanuki retrain`, or `dvc repro` up to the stage that writes it."
+        ) from error
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no manifest ({error}). Remove it and run index_images again.") from error
+    frame: pd.DataFrame = table.to_pandas()
+    return frame.sort_values("path", kind="stable", ignore_index=True)
+
+
+def read_known_facts(path: Path) -> dict[str, Facts]:
+    """Facts by sha256 of an earlier manifest; empty where there is none, or one that cannot be trusted."""
+    try:
+        if pq.read_schema(path).metadata.get(b"tanuki.facts_version") != str(FACTS_VERSION).encode():
+            return {}
+        table = pq.read_table(path, columns=list(Facts.__dataclass_fields__))
+    except (pa.ArrowException, OSError, KeyError, AttributeError):
+        return {}
+    return {row["sha256"]: Facts(**row) for row in table.to_pylist()}
+
+
+def class_names(frame: pd.DataFrame) -> tuple[str, ...]:
+    """The classes of a manifest in the order that every head, bundle and report keeps: sorted labels of train rows."""
+    return tuple(sorted(set(frame.loc[frame["split"] == "train", "label"])))

@@ -1,0 +1,145 @@
+"""The model card: what a model is, how good it is, what it is for and where it ends. Markdown, no dates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tasks.evaluation.metrics import Accuracy, ClassScore
+
+MAX_LISTED_CLASSES = 60
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All that the card says.
+
+    Args:
+        labels: Classes.
+        bundle_digest: Identity of the bundle.
+        data_sha256: Of the accepted images' manifest: the data version.
+        num_images: By split.
+        architecture: Of the backbone.
+        weights_source: Where its weights come from.
+        weights_licence: Of them; None where nobody said.
+        kept_stages: Fine-tuning stages that were kept.
+        preprocessing: In words.
+        confidence: Of the intervals.
+        measured: What was measured, by the name of the model: the interval of its accuracy, or why there is none.
+        balanced_accuracy: Of what ships.
+        macro_f1: Of what ships.
+        nll: Of what ships.
+        ece: Of what ships.
+        classes: Scores of each class, in the order of the labels.
+    """
+
+    labels: Sequence[str]
+    bundle_digest: str
+    data_sha256: str
+    num_images: Mapping[str, int]
+    architecture: str
+    weights_source: str
+    weights_licence: str | None
+    kept_stages: Sequence[str]
+    preprocessing: str
+    confidence: float
+    measured: Mapping[str, Accuracy | str]
+    balanced_accuracy: float
+    macro_f1: float
+    nll: float
+    ece: float
+    classes: Sequence[ClassScore]
+
+
+def model_card(facts: CardFacts) -> str:
+    """The card's text."""
+    return (
+        "\n\n".join(
+            [
+                "# Model card",
+                _what(facts),
+                "## How good it is",
+                _measured(facts),
+                _classes(facts),
+                "## What it is for",
+                "Sorting pictures like those it was trained on into the classes above. It answers every picture with "
+                "one of these classes: it does not know what it has never seen, and a picture of something else gets "
+                "a label too.",
+                "## Limits",
+                _limits(facts),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _what(facts: CardFacts) -> str:
+    images = ", ".join(f"{count:,} {split}" for split, count in facts.num_images.items())
+    tuned = f"fine-tuned ({', '.join(facts.kept_stages)})" if facts.kept_stages else "frozen, with a linear probe on it"
+    return "\n".join(
+        [
+            "| | |",
+            "|---|---|",
+            f"| bundle | `{facts.bundle_digest}` |",
+            f"| data version | `{facts.data_sha256}` |",
+            f"| images | {images} |",
+            f"| classes ({len(facts.labels)}) | {_listed(facts.labels)} |",
+            f"| backbone | {_cell(facts.architecture)}, {tuned} |",
+            f"| pretrained weights | {_cell(facts.weights_source)} |",
+            f"| licence of the weights | {_cell(facts.weights_licence or 'not stated: find out before you ship')} |",
+            f"| input | {facts.preprocessing} |",
+        ]
+    )
+
+
+def _measured(facts: CardFacts) -> str:
+    header = [
+        f"| on the {facts.num_images['test']:,} test images | accuracy | {facts.confidence:.0%} interval |",
+        "|---|---|---|",
+    ]
+    rows = [
+        f"| {name} | – | {_cell(found)} |"
+        if isinstance(found, str)
+        else f"| {name} | {found.accuracy:.1%} | {found.accuracy_low:.1%} to {found.accuracy_high:.1%} |"
+        for name, found in facts.measured.items()
+    ]
+    rest = (
+        f"\n\nWhat ships, further: balanced accuracy {facts.balanced_accuracy:.1%}, macro F1 {facts.macro_f1:.3f}, "
+        f"negative log-likelihood {facts.nll:.4f} nats, calibration error {facts.ece:.1%}. It was measured as it "
+        "ships: the exported bundle, through the predictor that serves it."
+    )
+    return "\n".join([*header, *rows]) + rest
+
+
+def _classes(facts: CardFacts) -> str:
+    scored = sorted(zip(facts.labels, facts.classes, strict=True), key=lambda pair: pair[1].f1)[:MAX_LISTED_CLASSES]
+    rows = [
+        f"| {_cell(label)} | {score.num_test:,} | {score.precision:.1%} | {score.recall:.1%} | {score.f1:.3f} |"
+        for label, score in scored
+    ]
+    left_out = len(facts.classes) - len(rows)
+    note = [f"| ({left_out} better ones left out) | | | | |"] if left_out else []
+    return "\n".join(
+        ["| class, worst first | test images | precision | recall | F1 |", "|---|---|---|---|---|", *rows, *note]
+    )
+
+
+def _limits(facts: CardFacts) -> str:
+    few = [label for label, score in zip(facts.labels, facts.classes, strict=True) if score.num_test < 30]
+    limits = [
+        "The interval speaks of pictures drawn like the test images; other cameras, places or seasons are another "
+        "matter.",
+        "Near-duplicates were kept on one side of the split where their hashes agree; likenesses beyond that can "
+        "flatter.",
+        "Probabilities were calibrated on the training data and hold for such data only.",
+        *([f"Fewer than 30 test images, so little is known of: {_listed(few)}."] if few else []),
+    ]
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _listed(labels: Sequence[str]) -> str:
+    shown = ", ".join(_cell(label) for label in labels[:MAX_LISTED_CLASSES])
+    return shown + (f" and {len(labels) - MAX_LISTED_CLASSES} more" if len(labels) > MAX_LISTED_CLASSES else "")
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break a Markdown table."""
+    return " ".join(text.replace("|", "\\|").split())

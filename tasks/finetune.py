@@ -1,0 +1,275 @@
+"""Stage finetune: staged fine-tuning from the linear probe; a stage is kept only if validation says so.
+
+Reads the backbone, the probe and the accepted images; writes data/models/finetuned/: finetuned.json always, and the
+tuned network with its head only if a stage was kept. The method is in ``tasks.training.staged``, the rule in
+``tasks.training.selection``. An interrupted run goes on from data/models/checkpoints/ and gives the same bytes as one
+that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import torch
+from safetensors.torch import load_file, save
+
+from deploy.files import sha256_bytes, sha256_file, write_bytes, write_json
+from deploy.machine import available_cores
+from deploy.runtime import open_session
+from tasks.data.manifest import read_manifest
+from tasks.data.views import CENTRE, view_names
+from tasks.errors import BackboneError
+from tasks.export.preprocessing import preprocessing_graph
+from tasks.models.architectures import Network, build_network
+from tasks.models.backbone_card import BackboneCard, read_card
+from tasks.models.head import CARD_NAME, WEIGHTS_NAME, Head, read_head, write_head
+from tasks.training.augmented import PixelSource
+from tasks.training.checkpoint import CheckpointFile
+from tasks.training.schedule import REFERENCE_BATCH_SIZE, recipe_for
+from tasks.training.selection import accuracy, best_temperature, negative_log_likelihood
+from tasks.training.staged import (
+    FineTuned,
+    LabelledPixels,
+    StageRecord,
+    TuningSettings,
+    deterministic_torch,
+    fine_tune,
+    rounded,
+)
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from tasks.layout import Layout
+    from tasks.params import AugmentParams, FinetuneParams
+
+NETWORK_NAME = "network.safetensors"
+FACTS_NAME = "finetuned.json"
+CHECKPOINT_NAME = "finetune.safetensors"
+BYTES_PER_GB = 1_000_000_000
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What fine-tuning came to; finetuned.json holds the same.
+
+    Attributes:
+        kept: Names of the stages that were kept.
+        reason: Why there is no fine-tuned network, or None if there is one.
+        num_train: Training images.
+        num_val: Validation images of known classes.
+        optimiser: Of the architecture's family.
+        views: In which each training image was shown.
+        stages: One record a stage that was considered.
+        temperature: Folded into the final head, or None.
+        val_nll_before: Of the probe, nats an image, as it is.
+        val_nll_after: Of the final model, as it is (the temperature was fitted on these same images).
+        val_accuracy_before: Of the probe.
+        val_accuracy_after: Of the final model.
+    """
+
+    kept: tuple[str, ...]
+    reason: str | None
+    num_train: int
+    num_val: int
+    optimiser: str
+    views: tuple[str, ...]
+    stages: tuple[StageRecord, ...] = ()
+    temperature: float | None = None
+    val_nll_before: float | None = None
+    val_nll_after: float | None = None
+    val_accuracy_before: float | None = None
+    val_accuracy_after: float | None = None
+
+
+def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: FinetuneParams) -> FinetuneReport:
+    """Fine-tunes from data/models/head into data/models/finetuned.
+
+    Raises:
+        DataError: If an image has gone or changed since it was indexed.
+        BackboneError: If the backbone is missing or damaged.
+        StoreError: If the probe is missing or damaged.
+    """
+    card, head = read_card(layout.backbone_card), read_head(layout.head_dir)
+    images = read_manifest(layout.accepted)
+    known = images[images["label"].isin(head.labels)]
+    train, val = known[known["split"] == "train"], known[known["split"] == "val"]
+    report = FinetuneReport(
+        kept=(),
+        reason=_reason_to_leave_out(finetune, len(val)),
+        num_train=len(train),
+        num_val=len(val),
+        optimiser=recipe_for(card.architecture).optimiser,
+        views=view_names(finetune.views, augment.hflip),
+    )
+    if report.reason:
+        logger.info("no fine-tuning: %s", report.reason)
+        _write(layout, report, None, head)
+        return report
+    checkpoints = CheckpointFile(
+        layout.checkpoints_dir / CHECKPOINT_NAME, _run_digest(layout, known, seed, augment, finetune)
+    )
+    with deterministic_torch(available_cores()):
+        network = _load_network(layout, card)
+        sessions = _open_preprocessing(layout, card)
+        train_pixels = _labelled(layout, train, head, sessions, report.views, augment)
+        val_pixels = _labelled(layout, val, head, sessions, (CENTRE,), augment)
+        tuned = fine_tune(
+            network,
+            head,
+            train=train_pixels,
+            val=val_pixels,
+            stages=finetune.stages,
+            settings=_settings(card, seed, finetune),
+            checkpoints=checkpoints,
+        )
+    report, head = _concluded(report, tuned, val_pixels.labels)
+    _write(layout, report, network if report.kept else None, head)
+    checkpoints.remove()
+    return report
+
+
+def _reason_to_leave_out(finetune: FinetuneParams, num_val: int) -> str | None:
+    """Why no stage is tried, or None."""
+    if not finetune.enabled:
+        return "finetune.enabled is false"
+    if not finetune.stages:
+        return "finetune.stages is empty"
+    if num_val < finetune.min_val_images:
+        return f"{num_val} validation images cannot judge a stage: finetune.min_val_images is {finetune.min_val_images}"
+    return None
+
+
+def _run_digest(
+    layout: Layout, images: pd.DataFrame, seed: int, augment: AugmentParams, finetune: FinetuneParams
+) -> str:
+    """sha256 over everything the outcome depends on."""
+    facts = {
+        "seed": seed,
+        "augment": augment.model_dump(),
+        "finetune": finetune.model_dump(),
+        "backbone": sha256_file(layout.backbone_card),
+        "weights": sha256_file(layout.backbone_weights),
+        "head": [sha256_file(layout.head_dir / name) for name in (CARD_NAME, WEIGHTS_NAME)],
+        "images": images[["path", "sha256", "label", "split"]].astype(str).to_numpy().tolist(),
+        "versions": [torch.__version__, np.__version__],
+        "threads": available_cores(),
+    }
+    return sha256_bytes(json.dumps(facts, sort_keys=True).encode())
+
+
+def _load_network(layout: Layout, card: BackboneCard) -> Network:
+    """The backbone with its pretrained weights.
+
+    Raises:
+        BackboneError: If the weights are not those of the card, or do not fit.
+    """
+    if sha256_file(layout.backbone_weights) != card.weights_sha256:
+        raise BackboneError(
+            f"{layout.backbone_weights} is not what {layout.backbone_card.name} describes. "
+            "Run `dvc repro fetch_backbone`, or `dvc checkout`."
+        )
+    network = build_network(card.architecture, depths=card.depths)
+    network.load_trunk(load_file(layout.backbone_weights))
+    return network
+
+
+def _open_preprocessing(layout: Layout, card: BackboneCard) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+    """The backbone's own preprocessing, and the same without its central crop (for random squares)."""
+    opset = max(entry.version for entry in onnx.load(layout.preprocess_onnx).opset_import)
+    crop = preprocessing_graph(size_px=card.size_px, crop_fraction=1.0, mean=card.mean, std=card.std, opset=opset)
+    return open_session(layout.preprocess_onnx), open_session(crop.SerializeToString())
+
+
+def _labelled(
+    layout: Layout,
+    rows: pd.DataFrame,
+    head: Head,
+    sessions: tuple[ort.InferenceSession, ort.InferenceSession],
+    views: tuple[str, ...],
+    augment: AugmentParams,
+) -> LabelledPixels:
+    """The pictures of some rows of the manifest, with class indices in the head's order."""
+    index_of = {label: index for index, label in enumerate(head.labels)}
+    pixels = PixelSource(
+        files=[layout.raw / path for path in rows["path"]],
+        shas=rows["sha256"].tolist(),
+        views=views,
+        whole=sessions[0],
+        crop=sessions[1],
+        min_area_fraction=augment.min_area_fraction,
+        hflip=augment.hflip,
+        max_pixels=sys.maxsize,  # index_images has judged the size of these bytes
+        workers=available_cores(),
+    )
+    return LabelledPixels(pixels, np.array([index_of[label] for label in rows["label"]], np.int64))
+
+
+def _settings(card: BackboneCard, seed: int, finetune: FinetuneParams) -> TuningSettings:
+    """The parameters, with what is ``auto`` taken from the family's recipe."""
+    recipe = recipe_for(card.architecture)
+    rate = finetune.learning_rate
+    return TuningSettings(
+        seed=seed,
+        recipe=recipe,
+        learning_rate=recipe.learning_rate * finetune.batch_size / REFERENCE_BATCH_SIZE if rate == "auto" else rate,
+        layer_decay=finetune.layer_decay,
+        weight_decay=finetune.weight_decay,
+        warmup_fraction=finetune.warmup_fraction,
+        clip_norm=finetune.clip_norm,
+        ema_decay=finetune.ema_decay,
+        batch_size=finetune.batch_size,
+        epochs=finetune.epochs,
+        max_steps=finetune.max_steps,
+        max_tflop=finetune.max_tflop,
+        boundary_cache_bytes=int(finetune.boundary_cache_gb * BYTES_PER_GB),
+    )
+
+
+def _concluded(report: FinetuneReport, tuned: FineTuned, labels: NDArray[np.int64]) -> tuple[FinetuneReport, Head]:
+    """The report of stages that ran, and the final head with its temperature folded in."""
+    kept = tuple(record.name for record in tuned.records if record.kept)
+    before = float(negative_log_likelihood(tuned.val_logits_before, labels).mean())
+    facts: dict[str, Any] = {
+        "kept": kept,
+        "stages": tuned.records,
+        "val_nll_before": rounded(before),
+        "val_accuracy_before": rounded(accuracy(tuned.val_logits_before, labels)),
+    }
+    if not kept:
+        return dataclasses.replace(report, reason="no stage was kept", **facts), tuned.head
+    temperature = best_temperature(tuned.val_logits_after, labels)
+    head = Head(
+        tuned.head.labels,
+        (tuned.head.weight / temperature).astype(np.float32),
+        (tuned.head.bias / temperature).astype(np.float32),
+    )
+    facts |= {
+        "temperature": rounded(temperature),
+        "val_nll_after": rounded(float(negative_log_likelihood(tuned.val_logits_after / temperature, labels).mean())),
+        "val_accuracy_after": rounded(accuracy(tuned.val_logits_after, labels)),
+    }
+    return dataclasses.replace(report, **facts), head
+
+
+def _write(layout: Layout, report: FinetuneReport, network: Network | None, head: Head) -> None:
+    """Replaces data/models/finetuned; finetuned.json comes last, so that where it is, the rest is."""
+    shutil.rmtree(layout.finetuned_dir, ignore_errors=True)
+    facts = dataclasses.asdict(report)
+    if network:
+        state = {name: tensor.contiguous() for name, tensor in network.trunk_state().items()}
+        write_bytes(layout.finetuned_dir / NETWORK_NAME, save(state))
+        write_head(layout.finetuned_dir, head, {"kept": list(report.kept), "temperature": report.temperature})
+    write_json(layout.finetuned_dir / FACTS_NAME, facts)

@@ -1,0 +1,138 @@
+"""Every path of a workspace, named once. Stages and flows take a Layout and never spell a path."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of one workspace (a checkout of this repository).
+
+    Args:
+        root: The folder that holds dvc.yaml and params.yaml.
+    """
+
+    root: Path
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+    @property
+    def pipeline(self) -> Path:
+        return self.root / "dvc.yaml"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def raw(self) -> Path:
+        """Labelled images: raw/LABEL/... or raw/SPLIT/LABEL/..., tracked by raw.dvc."""
+        return self.data / "raw"
+
+    @property
+    def raw_pointer(self) -> Path:
+        return self.data / "raw.dvc"
+
+    @property
+    def images(self) -> Path:
+        """The manifest: one row an image in raw/ (index_images)."""
+        return self.data / "manifest" / "images.parquet"
+
+    @property
+    def images_partial(self) -> Path:
+        """What an interrupted index_images had found; not a DVC output."""
+        return self.data / "manifest" / ".images.partial.parquet"
+
+    @property
+    def accepted(self) -> Path:
+        """The rows of the manifest that passed validation; what every later stage reads (validate_data)."""
+        return self.data / "manifest" / "accepted.parquet"
+
+    @property
+    def quarantine(self) -> Path:
+        """path,reason of the images that later stages leave out (validate_data)."""
+        return self.data / "manifest" / "quarantine.csv"
+
+    @property
+    def backbone_dir(self) -> Path:
+        return self.data / "backbone"
+
+    @property
+    def backbone_card(self) -> Path:
+        """Architecture, digests, licence and preprocessing of the backbone."""
+        return self.backbone_dir / "backbone.json"
+
+    @property
+    def backbone_weights(self) -> Path:
+        return self.backbone_dir / "weights.safetensors"
+
+    @property
+    def preprocess_onnx(self) -> Path:
+        """Images uint8 (N, H, W, 3) → pixels float32 (N, 3, S, S)."""
+        return self.backbone_dir / "preprocess.onnx"
+
+    @property
+    def trunk_onnx(self) -> Path:
+        """Pixels float32 (N, 3, S, S) → embedding float32 (N, D), frozen."""
+        return self.backbone_dir / "trunk.onnx"
+
+    @property
+    def features_dir(self) -> Path:
+        """The feature store, content-addressed and append-only."""
+        return self.data / "features"
+
+    @property
+    def head_dir(self) -> Path:
+        return self.data / "models" / "head"
+
+    @property
+    def finetuned_dir(self) -> Path:
+        return self.data / "models" / "finetuned"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Where an interrupted fine-tuning goes on from; not a DVC output."""
+        return self.data / "models" / "checkpoints"
+
+    @property
+    def bundle_dir(self) -> Path:
+        return self.data / "bundle"
+
+    @property
+    def reports_dir(self) -> Path:
+        return self.data / "reports"
+
+    def report(self, stage: str) -> Path:
+        """The metrics file of a stage."""
+        return self.reports_dir / f"{stage}.json"
+
+    @property
+    def validation_dir(self) -> Path:
+        """Data Docs and the pictures of what failed."""
+        return self.reports_dir / "validation"
+
+    @property
+    def evaluation_dir(self) -> Path:
+        """Predictions on the test images, plots and the model card."""
+        return self.reports_dir / "evaluation"
+
+    @property
+    def predictions(self) -> Path:
+        """What the bundle answers for each test image (evaluate); what the gate judges by."""
+        return self.evaluation_dir / "predictions.parquet"
+
+    @property
+    def model_card(self) -> Path:
+        return self.evaluation_dir / "model_card.md"
+
+    @property
+    def registry_dir(self) -> Path:
+        """Immutable model versions and the champion pointer. DVC never touches it."""
+        return self.data / "registry"
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever changes the workspace."""
+        return self.root / ".dvc" / "tmp" / "tanuki.lock"

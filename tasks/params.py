@@ -1,0 +1,213 @@
+"""params.yaml as frozen records: one section a stage, or a thing that several stages share.
+
+No defaults here: params.yaml is the only place of numbers. Unknown keys are errors and all mistakes are told at once.
+Read by tasks.__main__ for a stage, and by flows for the sections that concern them.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from tasks.errors import ParamsError
+
+Auto = Literal["auto"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+PerChannel = Annotated[tuple[float, float, float], Field(strict=False)]  # YAML has lists, no tuples
+
+
+class Section(BaseModel):
+    """A section of params.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BackboneParams(Section):
+    """Which pretrained weights, and how pictures are put before them."""
+
+    source: str
+    architecture: str | None
+    sha256: str | None
+    licence: str | None
+    size_px: Annotated[int, Field(ge=16, le=1024)] | None
+    crop_fraction: Annotated[float, Field(gt=0, le=1)] | None
+    mean: PerChannel | None
+    std: PerChannel | None
+
+
+class AugmentParams(Section):
+    """What may be done to a picture without changing its label."""
+
+    hflip: StrictBool
+    min_area_fraction: Annotated[float, Field(gt=0, le=1)]
+
+
+class IndexImagesParams(Section):
+    """The manifest and its splits."""
+
+    val_fraction: Annotated[float, Field(ge=0, lt=0.5)]
+    test_fraction: Annotated[float, Field(gt=0, lt=0.5)]
+    max_megapixels: Annotated[float, Field(gt=0)]
+
+
+class ValidateDataParams(Section):
+    """When a set is good enough to train on."""
+
+    min_images_per_class: Annotated[int, Field(ge=2)]
+    min_train_images_per_class: Annotated[int, Field(ge=2)]
+    max_class_ratio: Annotated[float, Field(ge=1)]
+    max_quarantined_fraction: Fraction
+    min_side_px: Positive
+    max_aspect_ratio: Annotated[float, Field(ge=1)]
+
+
+class FeaturesParams(Section):
+    """What is taken from the frozen backbone, and of which views."""
+
+    depths: Annotated[int, Field(ge=1, le=8)]
+    views: Annotated[int, Field(ge=1, le=8)] | Auto
+    batch_size: Positive
+    recheck: Annotated[int, Field(ge=0)]
+
+
+class TrainHeadParams(Section):
+    """The linear probe's regularisation path and its cross-validation."""
+
+    min_log10_c: float
+    max_log10_c: float
+    num_c: Annotated[int, Field(ge=2)]
+    folds: Annotated[int, Field(ge=2, le=20)]
+    max_iterations: Positive
+    holdout_above: Positive
+
+
+class FinetuneParams(Section):
+    """Staged fine-tuning from the probe."""
+
+    enabled: StrictBool
+    min_val_images: Positive
+    epochs: Positive | Auto
+    max_steps: Positive
+    max_tflop: Annotated[float, Field(gt=0)]
+    batch_size: Positive
+    learning_rate: Annotated[float, Field(gt=0)] | Auto
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup_fraction: Fraction
+    clip_norm: Annotated[float, Field(gt=0)]
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    views: Positive
+    boundary_cache_gb: Annotated[float, Field(ge=0)]
+    stages: Annotated[tuple[Literal["top", "rest"], ...], Field(strict=False)]
+
+
+class ExportOnnxParams(Section):
+    """The graph and how close it must come to what was trained."""
+
+    opset: Annotated[int, Field(ge=18, le=23)]
+    max_probability_difference: Annotated[float, Field(gt=0)]
+    min_top1_agreement: Fraction
+    parity_images: Positive
+    golden_images: Positive
+
+
+class EvaluateParams(Section):
+    """How the bundle is measured."""
+
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    calibration_bins: Positive
+    latency_runs: Positive
+
+
+class GateParams(Section):
+    """When a challenger may replace the champion."""
+
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    margin: Annotated[float, Field(ge=0, lt=1)] | Auto
+    draws: Annotated[int, Field(ge=100)]
+    balanced: StrictBool | Auto
+    max_class_loss: Fraction
+    min_class_images: Positive
+    max_nll_increase: Annotated[float, Field(ge=0)]
+    min_accuracy: Fraction
+    max_latency_ratio: Annotated[float, Field(gt=0)]
+    max_size_ratio: Annotated[float, Field(gt=0)]
+    warn_uses: Positive
+
+
+class PretrainParams(Section):
+    """Training a backbone on a larger, related source task."""
+
+    source: str
+    output: str
+    architecture: str
+    size_px: Annotated[int, Field(ge=32, le=512)]
+    epochs: Positive
+    images_per_epoch: Positive
+    batch_size: Annotated[int, Field(ge=2)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    warmup_fraction: Fraction
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    max_characters: Annotated[int, Field(ge=0)]
+    max_similarity: Annotated[float, Field(gt=0, le=1)]
+    num_invented: Annotated[int, Field(ge=0)]
+    hands_per_invented: Positive
+    val_fraction: Annotated[float, Field(ge=0, lt=0.5)]
+    hflip: StrictBool
+    min_area_fraction: Annotated[float, Field(gt=0, le=1)]
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0)]
+    backbone: BackboneParams
+    augment: AugmentParams
+    index_images: IndexImagesParams
+    validate_data: ValidateDataParams
+    features: FeaturesParams
+    train_head: TrainHeadParams
+    finetune: FinetuneParams
+    export_onnx: ExportOnnxParams
+    evaluate: EvaluateParams
+    gate: GateParams
+    pretrain: PretrainParams
+
+
+def load_params(path: Path) -> Params:
+    """Reads params.yaml.
+
+    Raises:
+        ParamsError: If it is missing, is no YAML, or holds mistakes; all of them are named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ParamsError(
+            f"{path} is missing. Run the command from a tanuki workspace, or restore the file."
+        ) from error
+    try:
+        values = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ParamsError(f"{path} is no YAML: {error}") from error
+    try:
+        return Params.model_validate({} if values is None else values)
+    except ValidationError as error:
+        mistakes = "\n".join(f"  {_mistake(each)}" for each in error.errors())
+        raise ParamsError(f"{path} has {error.error_count()} mistake(s):\n{mistakes}") from error
+
+
+def _mistake(error: ErrorDetails) -> str:
+    """One line: which key, what is wrong, what was found."""
+    key = ".".join(str(part) for part in error["loc"] if part != "literal['auto']")
+    if error["type"] == "extra_forbidden":
+        return f"{key}: no such key. Is it misspelt?"
+    if error["type"] == "missing":
+        return f"{key}: missing."
+    return f"{key}: {error['msg']}; found {error['input']!r}."

@@ -1,0 +1,96 @@
+"""Depthwise convolutions that train fast on small maps on a CPU.
+
+The library's weight gradient of a 5x5 depthwise convolution takes four fifths of a MobileNetV3's training
+time at 64 px (one core: 68 of 72 ms for 576 channels of 2x2, batch 128). On small maps the same sums are one
+small matrix product a channel: all correlations of input positions with output positions, each then added to
+the one tap of the kernel that joins the two. Training as a whole becomes about four times faster; results
+agree to float rounding. Called by ``tasks.pretraining.train``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+MAX_CORRELATIONS = 256
+"""Input positions times output positions up to which the matrix product is the faster way."""
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """``nn.Conv2d`` for one filter a channel, same parameters and results, with a faster weight gradient."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (the name in nn.Conv2d)
+        """Maps (B, C, H, W) to (B, C, H', W')."""
+        out: torch.Tensor = _Depthwise.apply(input, self.weight, self.stride[0], self.padding[0])
+        return out
+
+
+def use_fast_depthwise(model: nn.Module) -> nn.Module:
+    """Swap every plain depthwise convolution of a model, in place; parameters, names and buffers stay the same."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Conv2d and _is_plain_depthwise(child):
+                setattr(parent, name, _swapped(child))
+    return model
+
+
+def _is_plain_depthwise(conv: nn.Conv2d) -> bool:
+    square = conv.stride[0] == conv.stride[1] and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
+    one_each = 1 < conv.groups == conv.in_channels == conv.out_channels
+    return one_each and square and conv.dilation == (1, 1) and conv.bias is None and conv.padding_mode == "zeros"
+
+
+def _swapped(conv: nn.Conv2d) -> DepthwiseConv2d:
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    fast = DepthwiseConv2d(
+        conv.in_channels, conv.out_channels, kernel, stride, kernel // 2, groups=conv.groups, bias=False
+    )
+    fast.weight = conv.weight
+    return fast
+
+
+@cache
+def _taps(side: tuple[int, int], out_side: tuple[int, int], kernel: int, stride: int, padding: int) -> torch.Tensor:
+    """Which tap of the kernel joins each pair of positions: (H * W * H' * W', kernel * kernel), 0 or 1."""
+
+    def one_axis(size: int, out_size: int) -> torch.Tensor:
+        tap = torch.arange(size).view(-1, 1) - stride * torch.arange(out_size) + padding  # (size, out_size)
+        return torch.stack([tap == k for k in range(kernel)], -1).float()  # (size, out_size, kernel)
+
+    rows, columns = one_axis(side[0], out_side[0]), one_axis(side[1], out_side[1])
+    joined = torch.einsum("hik,wjl->hwijkl", rows, columns)
+    return joined.reshape(side[0] * side[1] * out_side[0] * out_side[1], kernel * kernel)
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, maps: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
+        ctx.save_for_backward(maps, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return torch.nn.functional.conv2d(maps, weight, None, stride, padding, 1, maps.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        maps, weight = ctx.saved_tensors
+        grad, stride, padding = grads[0], ctx.stride, ctx.padding
+        positions = maps.shape[2] * maps.shape[3] * grad.shape[2] * grad.shape[3]
+        small = positions <= MAX_CORRELATIONS
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not small, False]
+        grad_maps, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, maps, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], maps.shape[1], wanted
+        )
+        if small and ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(maps, grad, weight.shape[-1], stride, padding)
+        return grad_maps, grad_weight, None, None
+
+
+def _weight_gradient(maps: torch.Tensor, grad: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
+    channels = maps.shape[1]
+    inputs = maps.permute(1, 2, 3, 0).reshape(channels, -1, len(maps))  # (C, HW, B)
+    outputs = grad.permute(1, 0, 2, 3).reshape(channels, len(grad), -1)  # (C, B, H'W')
+    correlations = torch.bmm(inputs, outputs).view(channels, -1)  # (C, HW * H'W')
+    taps = _taps((maps.shape[2], maps.shape[3]), (grad.shape[2], grad.shape[3]), kernel, stride, padding)
+    return (correlations @ taps).view(channels, 1, kernel, kernel)

@@ -1,0 +1,107 @@
+"""Training pictures as network input: decoded, shown in one view, preprocessed, as feature caching and serving do it.
+
+There is no second preprocessing: decoding is deploy.images, views are tasks.data.views, and resizing and normalising
+are the ONNX graphs that ship in the bundle. Worker threads work ahead of the network; simplejpeg and onnxruntime
+release the GIL. Called by ``tasks.finetune``.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from deploy.files import sha256_bytes
+from deploy.images import decode_image
+from tasks.data.views import apply_view, is_crop
+from tasks.errors import DataError, ImageError
+
+BATCHES_AHEAD = 2
+"""Batches that are being made while the network works on one."""
+
+Item = tuple[int, int]
+"""(index of the picture, index of the view)."""
+
+
+@dataclass(frozen=True)
+class PixelSource:
+    """Pictures in a few views each.
+
+    Attributes:
+        files: (N,) encoded pictures.
+        shas: (N,) their sha256 when they were indexed.
+        views: (K,) names of views, as ``tasks.data.views`` gives them.
+        whole: Session of the backbone's own preprocessing, for pictures shown whole.
+        crop: Session of the same preprocessing without its central crop, for random squares.
+        min_area_fraction: Smallest share of the picture that a random square keeps.
+        hflip: May a picture be mirrored?
+        max_pixels: Larger pictures are not decoded.
+        workers: Threads.
+    """
+
+    files: Sequence[Path]
+    shas: Sequence[str]
+    views: Sequence[str]
+    whole: ort.InferenceSession
+    crop: ort.InferenceSession
+    min_area_fraction: float
+    hflip: bool
+    max_pixels: int
+    workers: int
+
+    def pixels(self, item: Item) -> NDArray[np.float32]:
+        """Network input of one picture in one view.
+
+        Returns:
+            (3, S, S) float32, normalised.
+
+        Raises:
+            DataError: If the file is gone or is not the one that was indexed.
+        """
+        index, view = item[0], self.views[item[1]]
+        image = self._decode(index)
+        shown = apply_view(
+            image, view, key=self.shas[index], min_area_fraction=self.min_area_fraction, hflip=self.hflip
+        )
+        session = self.crop if is_crop(view) else self.whole
+        return cast(NDArray[np.float32], session.run(["pixels"], {"images": shown[None]})[0][0])
+
+    def batches(self, batches: Iterable[Sequence[Item]]) -> Iterator[NDArray[np.float32]]:
+        """Network input of batch after batch, in order, made ahead of time.
+
+        Yields:
+            (B, 3, S, S) float32.
+        """
+        pending: deque[list[Future[NDArray[np.float32]]]] = deque()
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="pixels")
+        try:
+            for batch in batches:
+                pending.append([pool.submit(self.pixels, item) for item in batch])
+                if len(pending) > BATCHES_AHEAD:
+                    yield _stacked(pending.popleft())
+            while pending:
+                yield _stacked(pending.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _decode(self, index: int) -> NDArray[np.uint8]:
+        path = self.files[index]
+        remedy = "Run `tanuki retrain` so that the images are indexed again."
+        try:
+            data = path.read_bytes()
+            if sha256_bytes(data) != self.shas[index]:
+                raise DataError(f"{path} has changed since it was indexed. {remedy}")
+            return decode_image(data, max_pixels=self.max_pixels)
+        except FileNotFoundError as error:
+            raise DataError(f"{path} was indexed and is gone. {remedy}") from error
+        except ImageError as error:
+            raise DataError(f"{path}: {error}. It could be decoded when it was indexed. {remedy}") from error
+
+
+def _stacked(futures: list[Future[NDArray[np.float32]]]) -> NDArray[np.float32]:
+    return np.stack([future.result() for future in futures])  # (B, 3, S, S)

@@ -1,0 +1,181 @@
+"""How long a stage of fine-tuning runs, and how fast each layer group moves: numbers and rules, no tensors.
+
+Recipes follow METHOD.md's defaults: optimiser and learning rate by family of architecture, epochs by number of
+training images, linear warm-up and cosine to zero, rates that fall towards the stem. Called by ``tasks.finetune``.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from tasks.errors import ParamsError
+
+REFERENCE_BATCH_SIZE = 64
+"""Batch size that the recipes' learning rates are given for; they scale linearly."""
+MIN_STEPS = 200
+"""Steps of the top stage when epochs are chosen by size; later stages take half."""
+USELESS_STEPS = 20
+"""A stage that its cost limit cuts below this many steps is left out: it would be mostly warm-up."""
+EPOCHS_BY_SIZE = ((500, 20), (5_000, 10), (20_000, 6))
+"""(training images below, epochs of the top stage)."""
+EPOCHS_ABOVE = 3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a family of architectures is fine-tuned.
+
+    Attributes:
+        optimiser: AdamW, or SGD with Nesterov momentum 0.9.
+        learning_rate: Of the head in the top stage, at batch size 64.
+        weight_decay_scale: What params.yaml's ``weight_decay``, meant for AdamW, is multiplied by.
+    """
+
+    optimiser: Literal["adamw", "sgd"]
+    learning_rate: float
+    weight_decay_scale: float
+
+
+ADAMW_CNN = Recipe("adamw", 3e-4, 1.0)
+ADAMW_DEFAULT = Recipe("adamw", 1e-4, 1.0)
+ADAMW_TRANSFORMER = Recipe("adamw", 5e-5, 1.0)
+SGD_RESIDUAL = Recipe("sgd", 2e-3, 0.01)
+
+RECIPES = (
+    ("mobilenet", ADAMW_CNN),
+    ("efficientnet", ADAMW_CNN),
+    ("convnext", ADAMW_DEFAULT),
+    ("vit", ADAMW_TRANSFORMER),
+    ("swin", ADAMW_TRANSFORMER),
+    ("resnet", SGD_RESIDUAL),
+    ("resnext", SGD_RESIDUAL),
+    ("wide_resnet", SGD_RESIDUAL),
+    ("regnet", SGD_RESIDUAL),
+    ("densenet", SGD_RESIDUAL),
+)
+"""(prefix of the architecture's name, recipe); the first that fits, else ADAMW_DEFAULT."""
+
+
+def recipe_for(architecture: str) -> Recipe:
+    """The recipe of an architecture's family."""
+    for prefix, recipe in RECIPES:
+        if architecture.startswith(prefix):
+            return recipe
+    return ADAMW_DEFAULT
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """What a named stage unfreezes and how strongly it trains.
+
+    Attributes:
+        name: ``top`` or ``rest``.
+        rate_factor: Its learning rate over the recipe's.
+        length_factor: Its epochs and minimum steps over the top stage's.
+    """
+
+    name: str
+    rate_factor: float
+    length_factor: float
+
+    def first_group(self, num_groups: int) -> int:
+        """The first layer group that moves: the last one in ``top``, the one after the stem in ``rest``."""
+        return num_groups - 1 if self.name == "top" else min(1, num_groups - 1)
+
+
+STAGE_SHAPES = {
+    "top": StageShape("top", rate_factor=1.0, length_factor=1.0),
+    "rest": StageShape("rest", rate_factor=0.2, length_factor=0.5),
+}
+
+
+@dataclass(frozen=True)
+class StageLength:
+    """How long a stage runs.
+
+    Attributes:
+        epochs: Epochs begun.
+        steps: Optimiser steps; the last epoch may be cut short.
+        steps_per_epoch: Batches in a whole epoch.
+        limited_by: What cut it short, or None.
+    """
+
+    epochs: int
+    steps: int
+    steps_per_epoch: int
+    limited_by: Literal["max_steps", "max_tflop"] | None
+
+
+def stage_length(
+    *,
+    num_images: int,
+    batch_size: int,
+    epochs: int | Literal["auto"],
+    length_factor: float,
+    max_steps: int,
+    affordable_steps: int,
+) -> StageLength:
+    """Epochs and steps of a stage.
+
+    Args:
+        num_images: Training images, at least 1.
+        batch_size: Images a step.
+        epochs: Of the top stage; auto: by number of images, with at least ``MIN_STEPS`` steps.
+        length_factor: Share of the top stage's length that this stage takes.
+        max_steps: Limit that a person set.
+        affordable_steps: Limit that the cost of a step sets.
+    """
+    steps_per_epoch = math.ceil(num_images / batch_size)
+    by_size = next((count for below, count in EPOCHS_BY_SIZE if num_images < below), EPOCHS_ABOVE)
+    top_epochs = max(by_size, math.ceil(MIN_STEPS / steps_per_epoch)) if epochs == "auto" else epochs
+    wanted = max(1, math.ceil(top_epochs * length_factor)) * steps_per_epoch
+    steps = min(wanted, max_steps, affordable_steps)
+    limited_by: Literal["max_steps", "max_tflop"] | None = None
+    if steps < wanted:
+        limited_by = "max_steps" if steps == max_steps else "max_tflop"
+    return StageLength(math.ceil(steps / steps_per_epoch), steps, steps_per_epoch, limited_by)
+
+
+def layer_group_learning_rates(num_groups: int, base_lr: float, layer_decay: float) -> list[float]:
+    """Learning rate of each layer group, from the stem (index 0) to the head (last).
+
+    Group ``i`` gets ``base_lr * layer_decay ** (num_groups - 1 - i)``: layers near the input
+    hold more general features and should move less.
+
+    Args:
+        num_groups: Number of layer groups, the head among them, at least 1.
+        base_lr: Learning rate of the head, per optimiser step.
+        layer_decay: Ratio between neighbouring groups, in (0, 1].
+
+    Returns:
+        ``num_groups`` rates, non-decreasing.
+
+    Raises:
+        ParamsError: If ``layer_decay`` is outside (0, 1].
+
+    References:
+        Howard and Ruder 2018, arXiv:1801.06146 (discriminative fine-tuning).
+    """
+    if not 0 < layer_decay <= 1:
+        raise ParamsError(f"finetune.layer_decay is {layer_decay}: it must be above 0 and at most 1.")
+    return [base_lr * layer_decay ** (num_groups - 1 - index) for index in range(num_groups)]
+
+
+def warmup_cosine(step: int, *, steps: int, warmup_fraction: float) -> float:
+    """Share of the full learning rate at a step: a linear rise, then half a cosine down to nearly zero.
+
+    Args:
+        step: From 0 to ``steps - 1``.
+        steps: Steps of the whole stage.
+        warmup_fraction: Share of the steps spent rising.
+
+    Returns:
+        A factor in (0, 1].
+
+    References:
+        Loshchilov and Hutter 2017, arXiv:1608.03983 (cosine annealing, without restarts).
+    """
+    warmup = min(round(steps * warmup_fraction), steps - 1)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

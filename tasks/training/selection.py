@@ -1,0 +1,113 @@
+"""Is a stage of fine-tuning worth keeping? Validation decides, by likelihood, beyond noise.
+
+Called by ``tasks.training.staged``. No torch.
+
+The rule: of a stage's end and of what lies between its start and end (WiSE), each candidate is judged on the validation
+images by its negative log-likelihood at its own best temperature, and so is the start: the temperature is fitted there
+anyway before a model ships, and fine-tuning from a probe mostly spoils confidence. The candidate with the lowest mean
+is kept if the paired difference to the start, image by image, has a mean greater than its standard error; otherwise
+the stage is dropped.
+
+References:
+    Wortsman et al. 2022, arXiv:2109.01903 (WiSE-FT, interpolation of weights).
+    Guo et al. 2017, arXiv:1706.04599 (temperature scaling).
+    Tomihari and Sato 2024, arXiv:2405.16747 (the head's norm grows in LP-FT; a temperature mends it).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+
+ALPHAS = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the way from a stage's start to its end that are tried."""
+MIN_IMAGES_TO_PICK_EPOCHS = 300
+"""Below this many validation images the last average of the weights is taken: the best of many epochs would be luck."""
+MAX_LOG_TEMPERATURE = math.log(20.0)
+MIN_PROBABILITY = 1e-12
+
+Logits = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """A candidate on the validation images.
+
+    Attributes:
+        temperature: Its best temperature.
+        nll: (N,) float64 nats a picture, at that temperature.
+        accuracy: Share of the images that it labels rightly.
+    """
+
+    temperature: float
+    nll: NDArray[np.float64]
+    accuracy: float
+
+    @property
+    def mean_nll(self) -> float:
+        """Nats a picture."""
+        return float(self.nll.mean())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one candidate is better than another beyond noise.
+
+    Attributes:
+        gain: Mean fall of the negative log-likelihood, nats a picture.
+        standard_error: Of that mean, over the images.
+    """
+
+    gain: float
+    standard_error: float
+
+    @property
+    def better(self) -> bool:
+        """Whether the gain exceeds its standard error."""
+        return self.gain > self.standard_error
+
+
+def judge(logits: Logits, labels: NDArray[np.int64]) -> Judgement:
+    """Negative log-likelihood of logits (N, C) at their best temperature, and accuracy, for class indices (N,)."""
+    scores = logits.astype(np.float64)
+    temperature = best_temperature(scores, labels)
+    return Judgement(
+        temperature=temperature,
+        nll=negative_log_likelihood(scores / temperature, labels),
+        accuracy=accuracy(scores, labels),
+    )
+
+
+def negative_log_likelihood(logits: Logits, labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Nats a picture (N,) of logits (N, C), at most -log(1e-12) each."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    own = np.maximum(log_probabilities[np.arange(len(labels)), labels], math.log(MIN_PROBABILITY))
+    return cast(NDArray[np.float64], -own)
+
+
+def accuracy(logits: Logits, labels: NDArray[np.int64]) -> float:
+    """Share of the pictures whose highest logit (N, C) is that of their class (N,)."""
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+def best_temperature(logits: Logits, labels: NDArray[np.int64]) -> float:
+    """The temperature in [1/20, 20] at which logits (N, C) are likeliest."""
+
+    def mean_nll(log_temperature: float) -> float:
+        return float(negative_log_likelihood(logits / math.exp(log_temperature), labels).mean())
+
+    found = minimize_scalar(
+        mean_nll, bounds=(-MAX_LOG_TEMPERATURE, MAX_LOG_TEMPERATURE), method="bounded", options={"xatol": 1e-4}
+    )
+    return float(math.exp(found.x))
+
+
+def compare(before: Judgement, after: Judgement) -> Verdict:
+    """The paired difference of two candidates on the same images."""
+    difference = before.nll - after.nll
+    error = difference.std(ddof=1) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+    return Verdict(float(difference.mean()), float(error))

@@ -1,0 +1,495 @@
+"""Staged fine-tuning from a linear probe (LP-FT): the top layer group first, then all but the stem.
+
+Every stage starts from what was kept before it, trains with BatchNorm frozen and rates that fall towards the stem,
+follows an average of the weights, and is kept only if validation says so (``tasks.training.selection``). A stage that
+is not kept changes nothing. Stages are data: ``tasks.training.schedule.STAGE_SHAPES``. Called by ``tasks.finetune``.
+
+All random draws are functions of (seed, stage, epoch), so a run that was killed goes on from its checkpoint as if it
+had not been: there is no generator whose state would have to be saved.
+
+References:
+    Kumar et al. 2022, arXiv:2202.10054 (LP-FT). Howard and Ruder 2018, arXiv:1801.06146 (discriminative rates).
+    Wortsman et al. 2022, arXiv:2109.01903 (WiSE-FT).
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tasks.models.architectures import Network
+from tasks.models.head import Head
+from tasks.training.augmented import Item, PixelSource
+from tasks.training.boundary import BoundarySource, RecomputedBoundary, open_boundary
+from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
+from tasks.training.schedule import (
+    STAGE_SHAPES,
+    USELESS_STEPS,
+    Recipe,
+    StageShape,
+    layer_group_learning_rates,
+    stage_length,
+)
+from tasks.training.selection import ALPHAS, MIN_IMAGES_TO_PICK_EPOCHS, Judgement, compare, judge
+from tasks.training.tuner import (
+    DivergedError,
+    Pace,
+    StageTuner,
+    StandardisedHead,
+    copied,
+    frozen_digest,
+    interpolated,
+    put,
+    trainable_tensors,
+)
+
+logger = logging.getLogger(__name__)
+
+VIEW_OFFSETS = 2**31
+"""Where the draws of the views' order live among the draws of a stage, beyond any epoch."""
+REPORT_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class LabelledPixels:
+    """Pictures and their classes.
+
+    Attributes:
+        pixels: N pictures in K views.
+        labels: (N,) int64 class indices.
+    """
+
+    pixels: PixelSource
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """The numbers of fine-tuning; see params.yaml, section ``finetune``.
+
+    Attributes:
+        seed: Of every random draw.
+        recipe: The family's optimiser.
+        learning_rate: Of the head in the top stage, at this batch size.
+        layer_decay: Ratio of rates between neighbouring layer groups.
+        weight_decay: Before the recipe's scale.
+        warmup_fraction: Share of a stage's steps.
+        clip_norm: Largest norm of a gradient.
+        ema_decay: Of the average of the weights.
+        batch_size: Pictures a step.
+        epochs: Of the top stage.
+        max_steps: Of one stage.
+        max_tflop: Floating-point work of one stage's steps, in 10^12.
+        boundary_cache_bytes: Limit of the temporary files of one stage.
+    """
+
+    seed: int
+    recipe: Recipe
+    learning_rate: float
+    layer_decay: float
+    weight_decay: float
+    warmup_fraction: float
+    clip_norm: float
+    ema_decay: float
+    batch_size: int
+    epochs: int | Literal["auto"]
+    max_steps: int
+    max_tflop: float
+    boundary_cache_bytes: int
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What came of a stage. No times, so that the same run makes the same record.
+
+    Attributes:
+        name: ``top`` or ``rest``.
+        groups: Layer groups that moved, besides the head.
+        epochs: Epochs begun; 0 if the stage was not tried.
+        steps: Optimiser steps.
+        limited_by: The limit that cut it short, if any.
+        learning_rates: Full rates of those groups, then of the head.
+        boundary: Whether the frozen part's output was kept or computed in each epoch.
+        val_nll_before: Nats a validation picture at the start, at its best temperature.
+        val_nll_after: The same of the best candidate.
+        val_nll_standard_error: Of the paired difference.
+        val_accuracy_before: At the start.
+        val_accuracy_after: Of the best candidate.
+        alpha: Where the best candidate lies between start (0) and end (1).
+        kept: Whether the following stages, and the model, start from it.
+        reason: Why.
+    """
+
+    name: str
+    groups: tuple[int, ...]
+    epochs: int
+    steps: int
+    limited_by: str | None
+    learning_rates: tuple[float, ...]
+    boundary: str | None
+    val_nll_before: float | None
+    val_nll_after: float | None
+    val_nll_standard_error: float | None
+    val_accuracy_before: float | None
+    val_accuracy_after: float | None
+    alpha: float | None
+    kept: bool
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class FineTuned:
+    """The outcome. The network that was handed in holds the kept weights.
+
+    Attributes:
+        head: The kept head; its temperature is still to be folded in.
+        records: One a stage.
+        val_logits_before: (N, C) of the validation pictures from the probe.
+        val_logits_after: (N, C) of the same from the kept weights.
+    """
+
+    head: Head
+    records: tuple[StageRecord, ...]
+    val_logits_before: NDArray[np.float32]
+    val_logits_after: NDArray[np.float32]
+
+
+def fine_tune(
+    network: Network,
+    head: Head,
+    *,
+    train: LabelledPixels,
+    val: LabelledPixels,
+    stages: Sequence[str],
+    settings: TuningSettings,
+    checkpoints: CheckpointFile,
+) -> FineTuned:
+    """Runs the stages one after another, from where an interrupted run of the same inputs was.
+
+    Args:
+        network: With the backbone's weights; on return with those that were kept.
+        head: The linear probe.
+        train: Training pictures in their views.
+        val: Validation pictures in one view; at least two.
+        stages: Names from ``STAGE_SHAPES``.
+        settings: The numbers.
+        checkpoints: Where to go on from; temporary files lie beside it. The caller removes it when it has written
+            the outcome.
+    """
+    network.to(memory_format=torch.channels_last)
+    before = after = _logits(network, head, val.pixels, settings.batch_size)
+    records: list[StageRecord] = []
+    resumed = checkpoints.load()
+    if resumed:
+        records = [_record(values) for values in resumed.position["records"]]
+        network.load_trunk(without_prefix("kept/trunk", resumed.tensors))
+        head = Head(head.labels, *(resumed.tensors[f"kept/head/{name}"].numpy() for name in ("weight", "bias")))
+        logger.info("going on at stage %d, epoch %d", len(records) + 1, resumed.position["epoch"] + 1)
+    for index in range(len(records), len(stages)):
+        shape = STAGE_SHAPES[stages[index]]
+        reason = _reason_to_leave_out(shape, records, network.num_groups)
+        if reason:
+            logger.info("stage %s: %s", shape.name, reason)
+            records.append(_untried(shape, network.num_groups, reason))
+            continue
+        stage = _Stage(shape, index, network, head, train, val, settings, checkpoints, tuple(records))
+        record, head = stage.run(resumed if resumed and resumed.position["epoch"] else None)
+        records.append(record)
+        resumed = Checkpoint(_position(records), _kept_tensors(network, head))
+        checkpoints.save(resumed)
+    if any(record.kept for record in records):
+        after = _logits(network, head, val.pixels, settings.batch_size)
+    return FineTuned(head, tuple(records), before, after)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stage:
+    """One stage and what it works on."""
+
+    shape: StageShape
+    index: int
+    network: Network
+    head: Head
+    train: LabelledPixels
+    val: LabelledPixels
+    settings: TuningSettings
+    checkpoints: CheckpointFile
+    records: tuple[StageRecord, ...]
+
+    @property
+    def group(self) -> int:
+        """The first layer group that moves."""
+        return self.shape.first_group(self.network.num_groups)
+
+    def run(self, resumed: Checkpoint | None) -> tuple[StageRecord, Head]:
+        """Trains, judges, and leaves the network with the kept weights.
+
+        Args:
+            resumed: A checkpoint from within this stage.
+        """
+        frozen = frozen_digest(self.network, self.group)
+        val_source, val_bytes = self._open(self.val.pixels, 0, "val")
+        embeddings = _embeddings(self.network, self.group, val_source, self.settings.batch_size)
+        head = StandardisedHead(self.head, embeddings)
+        with torch.no_grad():
+            before = judge(head(embeddings).numpy(), self.val.labels)
+        train_source, _ = self._open(self.train.pixels, val_bytes, "train")
+        pace = self._pace(head, train_source)
+        if pace.length.steps < USELESS_STEPS and pace.length.limited_by == "max_tflop":
+            reason = f"not tried: finetune.max_tflop affords {pace.length.steps} steps; {USELESS_STEPS} is the least"
+            return _untried(self.shape, self.network.num_groups, reason), self.head
+        record = replace(
+            _untried(self.shape, self.network.num_groups, ""),
+            epochs=pace.length.epochs,
+            steps=pace.length.steps,
+            limited_by=pace.length.limited_by,
+            learning_rates=tuple(rounded(rate) for rate in pace.learning_rates),
+            boundary=train_source.kind,
+            val_nll_before=rounded(before.mean_nll),
+            val_accuracy_before=rounded(before.accuracy),
+        )
+        start = copied(trainable_tensors(self.network, self.group, head))
+        try:
+            end = self._train(StageTuner(self.network, self.group, head, pace), train_source, val_source, resumed)
+            record = replace(record, **self._select(head, start, end, before, val_source))
+        except DivergedError as error:
+            record = replace(record, reason=f"dropped: {error}")
+        if not record.kept:
+            put(trainable_tensors(self.network, self.group, head), start)
+        if frozen_digest(self.network, self.group) != frozen:
+            raise RuntimeError(f"stage {self.shape.name} moved what it had frozen")
+        logger.info("stage %s: %s", self.shape.name, record.reason)
+        return record, head.folded() if record.kept else self.head
+
+    def _open(self, pixels: PixelSource, used_bytes: int, what: str) -> tuple[BoundarySource, int]:
+        return open_boundary(
+            self.network,
+            self.group,
+            pixels,
+            max_bytes=self.settings.boundary_cache_bytes - used_bytes,
+            directory=self.checkpoints.path.parent,
+            batch_size=self.settings.batch_size,
+            what=f"{self.shape.name}: {what} boundary",
+        )
+
+    def _pace(self, head: StandardisedHead, source: BoundarySource) -> Pace:
+        """Rates of the groups that move, and as many steps as the settings and their cost allow."""
+        settings = self.settings
+        rates = layer_group_learning_rates(
+            self.network.num_groups + 1, settings.learning_rate * self.shape.rate_factor, settings.layer_decay
+        )
+        flop = _flop_per_image(self.network, self.group, head, source) * settings.batch_size
+        length = stage_length(
+            num_images=source.num_images,
+            batch_size=settings.batch_size,
+            epochs=settings.epochs,
+            length_factor=self.shape.length_factor,
+            max_steps=settings.max_steps,
+            affordable_steps=int(settings.max_tflop * 1e12 / max(flop, 1)),
+        )
+        return Pace(
+            recipe=settings.recipe,
+            learning_rates=rates[self.group :],
+            weight_decay=settings.weight_decay,
+            length=length,
+            warmup_fraction=settings.warmup_fraction,
+            clip_norm=settings.clip_norm,
+            ema_decay=settings.ema_decay,
+        )
+
+    def _train(
+        self, tuner: StageTuner, source: BoundarySource, val_source: BoundarySource, resumed: Checkpoint | None
+    ) -> dict[str, Tensor]:
+        """All epochs; the average of the weights at the end, or at the best epoch if enough pictures can tell."""
+        length = tuner.pace.length
+        picks = len(self.val.labels) >= MIN_IMAGES_TO_PICK_EPOCHS
+        best_nll, best, first = math.inf, dict[str, Tensor](), 0
+        if resumed:
+            first, best_nll = resumed.position["epoch"], resumed.position["best_nll"] or math.inf
+            best = without_prefix("best", resumed.tensors)
+            tuner.restore(resumed.tensors, resumed.position["step"])
+        kept = _kept_tensors(self.network, self.head)
+        for epoch in range(first, length.epochs):
+            began = time.perf_counter()
+            batches = self._batches(source, epoch)[: length.steps - tuner.step]
+            targets = (torch.from_numpy(self.train.labels[[index for index, _ in batch]]) for batch in batches)
+            loss = tuner.run_epoch(source.batches(batches), targets)
+            if picks:
+                nll = self._judge(tuner.head, tuner.tensors, tuner.ema.average, val_source).mean_nll
+                if nll < best_nll:
+                    best_nll, best = nll, copied(tuner.ema.average)
+            seconds = time.perf_counter() - began
+            logger.info(
+                "stage %s, epoch %d/%d, step %d/%d: train loss %.4f%s, %.1f s",
+                *(self.shape.name, epoch + 1, length.epochs, tuner.step, length.steps, loss),
+                *(f", val nll {nll:.4f}" if picks else "", seconds),
+            )
+            position = _position(self.records, epoch + 1, tuner.step, best_nll if picks else None)
+            self.checkpoints.save(Checkpoint(position, {**kept, **tuner.state(), **prefixed("best", best)}))
+        return best or copied(tuner.ema.average)
+
+    def _select(
+        self,
+        head: StandardisedHead,
+        start: dict[str, Tensor],
+        end: dict[str, Tensor],
+        before: Judgement,
+        val_source: BoundarySource,
+    ) -> dict[str, Any]:
+        """Tries what lies between start and end, and leaves the best of it in the network."""
+        tensors = trainable_tensors(self.network, self.group, head)
+        candidates = {
+            alpha: self._judge(head, tensors, interpolated(start, end, alpha), val_source) for alpha in ALPHAS
+        }
+        alpha = min(candidates, key=lambda each: candidates[each].mean_nll)
+        after = candidates[alpha]
+        verdict = compare(before, after)
+        put(tensors, interpolated(start, end, alpha))
+        word, relation = ("kept", "more") if verdict.better else ("dropped", "no more")
+        return {
+            "alpha": alpha,
+            "kept": verdict.better,
+            "val_nll_after": rounded(after.mean_nll),
+            "val_nll_standard_error": rounded(verdict.standard_error),
+            "val_accuracy_after": rounded(after.accuracy),
+            "reason": f"{word}: validation likelihood rose by {verdict.gain:.4f} nats a picture, "
+            f"{relation} than its standard error {verdict.standard_error:.4f}",
+        }
+
+    def _judge(
+        self, head: StandardisedHead, tensors: Any, values: dict[str, Tensor], source: BoundarySource
+    ) -> Judgement:
+        """Validation with other values in the moving weights; these come back afterwards."""
+        own = copied(tensors)
+        put(tensors, values)
+        with torch.no_grad():
+            logits = head(_embeddings(self.network, self.group, source, self.settings.batch_size)).numpy()
+        put(tensors, own)
+        return judge(logits, self.val.labels)
+
+    def _batches(self, source: BoundarySource, epoch: int) -> list[list[Item]]:
+        """The pictures in random order, each in the view that is its turn."""
+        draws = [self.settings.seed, self.index]
+        offsets = np.random.default_rng([*draws, VIEW_OFFSETS]).integers(source.num_views, size=source.num_images)
+        order = np.random.default_rng([*draws, epoch]).permutation(source.num_images)
+        items = [(int(index), int((offsets[index] + epoch) % source.num_views)) for index in order]
+        return _batched(items, self.settings.batch_size)
+
+
+@contextmanager
+def deterministic_torch(threads: int) -> Iterator[None]:
+    """Deterministic kernels on a number of threads; what was set before comes back.
+
+    Numbers below the normal range of float32 count as zero: they made a step up to forty times slower (gradients and
+    moments are full of them, activations of a poorly scaled network as well). Filling fresh memory, which deterministic
+    mode does to show bugs, took a quarter of a step.
+    """
+    before, before_threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    fill: Any = torch.utils.deterministic  # its switch is a property that type checkers do not see
+    before_fill = fill.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    fill.fill_uninitialized_memory = False
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before_threads)
+        fill.fill_uninitialized_memory = before_fill
+        torch.use_deterministic_algorithms(before)
+
+
+@torch.no_grad()
+def _embeddings(network: Network, group: int, source: BoundarySource, batch_size: int) -> Tensor:
+    """Embeddings (N, D) of every picture in its first view."""
+    items = [(index, 0) for index in range(source.num_images)]
+    return torch.cat(
+        [network.forward_from(boundary, group) for boundary in source.batches(_batched(items, batch_size))]
+    )
+
+
+@torch.no_grad()
+def _logits(network: Network, head: Head, pixels: PixelSource, batch_size: int) -> NDArray[np.float32]:
+    """Logits (N, C) of every picture in its first view, from pixels on."""
+    return head.logits(_embeddings(network, 0, RecomputedBoundary(network, 0, pixels), batch_size).numpy())
+
+
+def _batched(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
+    return [list(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
+
+
+def _flop_per_image(network: Network, group: int, head: StandardisedHead, source: BoundarySource) -> float:
+    """Floating-point operations of a training picture, forward and backward; with the frozen part if it runs again."""
+    trainable_tensors(network, group, head)
+    with FlopCounterMode(display=False) as counter:
+        boundary = next(iter(source.batches([[(0, 0)]])))
+        logits = head(network.forward_from(boundary, group))
+        loss = nn.functional.cross_entropy(logits, torch.zeros(1, dtype=torch.int64))
+        loss.backward()  # type: ignore[no-untyped-call]
+    for tensor in (*network.parameters(), *head.parameters()):
+        tensor.grad = None
+    return float(counter.get_total_flops())
+
+
+def _reason_to_leave_out(shape: StageShape, records: Sequence[StageRecord], num_groups: int) -> str | None:
+    """Why a stage is not tried, or None."""
+    if records and not records[-1].kept:
+        return f"not tried: stage {records[-1].name} was not kept"
+    if records and shape.first_group(num_groups) >= min(records[-1].groups):
+        return f"not tried: stage {records[-1].name} moved the same layers"
+    return None
+
+
+def _untried(shape: StageShape, num_groups: int, reason: str) -> StageRecord:
+    """The record of a stage of which nothing is known but why."""
+    return StageRecord(
+        name=shape.name,
+        groups=tuple(range(shape.first_group(num_groups), num_groups)),
+        epochs=0,
+        steps=0,
+        limited_by=None,
+        learning_rates=(),
+        boundary=None,
+        val_nll_before=None,
+        val_nll_after=None,
+        val_nll_standard_error=None,
+        val_accuracy_before=None,
+        val_accuracy_after=None,
+        alpha=None,
+        kept=False,
+        reason=reason,
+    )
+
+
+def _record(values: dict[str, Any]) -> StageRecord:
+    """A record from its JSON."""
+    lists = {name: tuple(values[name]) for name in ("groups", "learning_rates")}
+    return StageRecord(**{**values, **lists})
+
+
+def _position(
+    records: Sequence[StageRecord], epoch: int = 0, step: int = 0, best_nll: float | None = None
+) -> dict[str, Any]:
+    """Where a run is: stages done, then epochs and steps done in the one under way."""
+    return {"records": [asdict(record) for record in records], "epoch": epoch, "step": step, "best_nll": best_nll}
+
+
+def _kept_tensors(network: Network, head: Head) -> dict[str, Tensor]:
+    """Copies of what the next stage starts from."""
+    weights = {"weight": torch.from_numpy(head.weight), "bias": torch.from_numpy(head.bias)}
+    return copied({**prefixed("kept/trunk", network.trunk_state()), **prefixed("kept/head", weights)})
+
+
+def rounded(value: float) -> float:
+    """Six significant digits, for reports."""
+    return float(f"{value:.{REPORT_DIGITS}g}")

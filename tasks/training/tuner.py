@@ -1,0 +1,211 @@
+"""The weights that one stage of fine-tuning moves, with their optimiser, schedule and average: one epoch at a time.
+
+Everything that a stage may not move stays frozen, BatchNorm's statistics included, and `frozen_digest` proves it.
+There is no random draw in here. Called by ``tasks.training.staged``.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tasks.models.architectures import Boundary, Network
+from tasks.models.head import Head
+from tasks.training.checkpoint import prefixed, without_prefix
+from tasks.training.ema import Ema
+from tasks.training.schedule import Recipe, StageLength, warmup_cosine
+
+SGD_MOMENTUM = 0.9
+MIN_SCALE = 1e-6
+
+
+class DivergedError(Exception):
+    """The loss is no number any more."""
+
+
+class StandardisedHead(nn.Module):
+    """A linear head that sees embeddings shifted to mean zero and divided by one scalar deviation.
+
+    The function is the head's own; the coordinates make one learning rate fit backbones of any feature scale.
+
+    Args:
+        head: Where to start from.
+        embeddings: (N, D) float32, to take mean and deviation from.
+    """
+
+    def __init__(self, head: Head, embeddings: Tensor) -> None:
+        super().__init__()
+        self.labels = head.labels
+        self.shift = embeddings.mean(dim=0)  # (D,)
+        self.scale = float((embeddings - self.shift).square().mean().sqrt().clamp_min(MIN_SCALE))
+        weight, bias = torch.from_numpy(head.weight.copy()), torch.from_numpy(head.bias.copy())
+        self.weight = nn.Parameter(weight * self.scale)
+        self.bias = nn.Parameter(bias + weight @ self.shift)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Logits (B, C) of embeddings (B, D)."""
+        return nn.functional.linear((embeddings - self.shift) / self.scale, self.weight, self.bias)
+
+    def folded(self) -> Head:
+        """The same function on plain embeddings."""
+        with torch.no_grad():
+            weight = self.weight / self.scale
+            bias = self.bias - weight @ self.shift
+        return Head(self.labels, weight.numpy().astype(np.float32), bias.numpy().astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast and how long a stage moves its weights.
+
+    Attributes:
+        recipe: The optimiser.
+        learning_rates: Of each unfrozen layer group, then of the head; per step.
+        weight_decay: Before the recipe's scale.
+        length: Steps and epochs.
+        warmup_fraction: Share of the steps spent rising to the full rate.
+        clip_norm: Largest norm of the gradient of a step.
+        ema_decay: Of the average of the weights.
+    """
+
+    recipe: Recipe
+    learning_rates: Sequence[float]
+    weight_decay: float
+    length: StageLength
+    warmup_fraction: float
+    clip_norm: float
+    ema_decay: float
+
+
+class StageTuner:
+    """Moves the layer groups from ``group`` on, and the head.
+
+    Args:
+        network: The network; groups below ``group`` get ``requires_grad=False``.
+        group: The first group that moves.
+        head: The head, which moves too.
+        pace: Rates and length.
+    """
+
+    def __init__(self, network: Network, group: int, head: StandardisedHead, pace: Pace) -> None:
+        self.network, self.group, self.head, self.pace = network, group, head, pace
+        self.tensors = trainable_tensors(network, group, head)
+        self.optimiser = _optimiser(network, group, head, pace)
+        self.ema = Ema(self.tensors, pace.ema_decay)
+        self.step = 0
+
+    def run_epoch(self, boundaries: Iterable[Boundary], labels: Iterable[Tensor]) -> float:
+        """One step a batch.
+
+        Args:
+            boundaries: Activations of each batch.
+            labels: Class indices (B,) int64 of each batch.
+
+        Returns:
+            Mean loss, nats a picture.
+
+        Raises:
+            DivergedError: If the loss is not finite.
+        """
+        total, count = 0.0, 0
+        for boundary, targets in zip(boundaries, labels, strict=True):
+            total += self._step(boundary, targets) * len(targets)
+            count += len(targets)
+        return total / count
+
+    def _step(self, boundary: Boundary, targets: Tensor) -> float:
+        factor = warmup_cosine(self.step, steps=self.pace.length.steps, warmup_fraction=self.pace.warmup_fraction)
+        for group, rate in zip(self.optimiser.param_groups, self.pace.learning_rates, strict=True):
+            group["lr"] = rate * factor
+        loss = nn.functional.cross_entropy(self.head(self.network.forward_from(boundary, self.group)), targets)
+        value = float(loss.detach())
+        if not np.isfinite(value):
+            raise DivergedError(f"the loss is {value} at step {self.step + 1}")
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.tensors.values(), self.pace.clip_norm)
+        self.optimiser.step()
+        self.ema.update(self.tensors)
+        self.step += 1
+        return value
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `restore` needs but ``step``."""
+        optimiser = {
+            f"{index}/{key}": value
+            for index, values in self.optimiser.state_dict()["state"].items()
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        return {
+            **prefixed("now", self.tensors),
+            **prefixed("ema", self.ema.average),
+            **prefixed("optimiser", optimiser),
+        }
+
+    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Goes on from `state` at ``step``, as if nothing had happened."""
+        self.step = step
+        put(self.tensors, without_prefix("now", state))
+        self.ema.restore(without_prefix("ema", state), step)
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        moments: dict[int, dict[str, Any]] = {}
+        for name, value in without_prefix("optimiser", state).items():
+            index, _, key = name.partition("/")
+            # In the parameter's own memory format: kernels round differently for other strides.
+            same = value if value.ndim == 0 else torch.empty_like(parameters[int(index)]).copy_(value)
+            moments.setdefault(int(index), {})[key] = same
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
+
+
+def trainable_tensors(network: Network, group: int, head: StandardisedHead) -> dict[str, nn.Parameter]:
+    """The parameters from ``group`` on under torchvision's names, and the head's; all others are frozen on the way."""
+    moving = {id(each) for index in range(group, network.num_groups) for each in network.group_parameters(index)}
+    tensors = {}
+    for name, parameter in network.trunk.named_parameters():
+        parameter.requires_grad_(id(parameter) in moving)
+        if id(parameter) in moving:
+            tensors[f"trunk.{name}"] = parameter
+    return {**tensors, "head.weight": head.weight, "head.bias": head.bias}
+
+
+@torch.no_grad()
+def put(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copies values into tensors of the same names."""
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that later steps do not move."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def interpolated(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Weights at a share ``alpha`` of the way from ``start`` to ``end`` (WiSE-FT; exact, as BatchNorm is frozen)."""
+    return {name: torch.lerp(start[name], end[name], alpha) if alpha < 1 else end[name] for name in start}
+
+
+def frozen_digest(network: Network, group: int) -> str:
+    """sha256 over everything that may not move: parameters below ``group``, and every buffer of the network."""
+    moving = {id(each) for index in range(group, network.num_groups) for each in network.group_parameters(index)}
+    digest = hashlib.sha256()
+    parameters = ((name, each) for name, each in network.trunk.named_parameters() if id(each) not in moving)
+    for name, tensor in (*parameters, *network.trunk.named_buffers()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _optimiser(network: Network, group: int, head: StandardisedHead, pace: Pace) -> torch.optim.Optimizer:
+    """One parameter group a layer group, then the head's; rates are set at each step."""
+    layer_groups = [network.group_parameters(index) for index in range(group, network.num_groups)]
+    groups = [{"params": list(each)} for each in (*layer_groups, head.parameters())]
+    decay = pace.weight_decay * pace.recipe.weight_decay_scale
+    if pace.recipe.optimiser == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=SGD_MOMENTUM, nesterov=True, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=True)

@@ -1,0 +1,171 @@
+"""What all tests share."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+IMAGES_PER_CLASS = 40
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def material() -> Path:
+    """Real weights, photo sets and broken images: $TANUKI_MATERIAL, or ../shared/material."""
+    folder = Path(os.environ.get("TANUKI_MATERIAL", REPOSITORY.parent / "shared" / "material"))
+    if not folder.is_dir():
+        pytest.skip(f"no test material at {folder}: set TANUKI_MATERIAL")
+    return folder.resolve()
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A fresh clone of this repository, as it is in the working tree, that tests may do anything to."""
+
+    root: Path
+    prefect_home: Path
+
+    def run(self, *command: str | Path, check: bool = True, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
+        run = subprocess.run(
+            [str(word) for word in command],
+            cwd=self.root,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        if check:
+            assert run.returncode == 0, f"{command} ended with {run.returncode}\n{run.stdout}\n{run.stderr}"
+        return run
+
+    def tanuki(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "flows.cli", *arguments, check=check)
+
+    def dvc(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "dvc", *arguments, check=check)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        scripts = str(Path(sys.executable).parent)
+        return {
+            **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
+            "PATH": scripts + os.pathsep + os.environ["PATH"],
+            "PREFECT_HOME": str(self.prefect_home),
+            "DVC_NO_ANALYTICS": "1",
+            "DO_NOT_TRACK": "1",
+            "COLUMNS": "200",
+            "GIT_AUTHOR_NAME": "Test",
+            "GIT_AUTHOR_EMAIL": "test@example.org",
+            "GIT_COMMITTER_NAME": "Test",
+            "GIT_COMMITTER_EMAIL": "test@example.org",
+        }
+
+    def set_param(self, key: str, value: object) -> None:
+        """Changes one number of params.yaml, as a person would in an editor."""
+        from ruamel.yaml import YAML
+
+        yaml = YAML()
+        path = self.root / "params.yaml"
+        params = yaml.load(path)
+        *sections, name = key.split(".")
+        target = params
+        for section in sections:
+            target = target[section]
+        target[name] = value
+        yaml.dump(params, path)
+
+
+def clone(folder: Path, prefect_home: Path) -> Workspace:
+    """Lays the working tree's files out in a git repository of their own, with a first commit."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, folder / name)
+    workspace = Workspace(folder, prefect_home)
+    workspace.run("git", "init", "--quiet", "--initial-branch", "main")
+    workspace.run("git", "add", "--all")
+    workspace.run("git", "commit", "--quiet", "--message", "Start")
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, prefect_home: Path) -> Workspace:
+    return clone(tmp_path / "workspace", prefect_home)
+
+
+def write_digits(folder: Path, start: int, stop: int) -> int:
+    """The sample's digits from ``start`` to ``stop`` of each class, a folder a class; returns how many."""
+    from flows.sample import sample_images
+
+    seen: Counter[str] = Counter()
+    written = 0
+    for name, data in sample_images().items():
+        label = Path(name).parts[0]
+        if start <= seen[label] < stop:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            written += 1
+        seen[label] += 1
+    return written
+
+
+def make_quick(workspace: Workspace) -> None:
+    """Fewer rounds than the defaults: these tests ask whether it works, not how well."""
+    workspace.set_param("finetune.epochs", 1)
+    workspace.set_param("finetune.min_val_images", 20)
+    workspace.set_param("finetune.views", 1)
+    workspace.set_param("train_head.num_c", 5)
+
+
+def prepared(root: Path, prefect_home: Path, digits: Path) -> Workspace:
+    workspace = clone(root, prefect_home)
+    make_quick(workspace)
+    workspace.tanuki("add", digits)
+    workspace.run("git", "add", "--all")
+    workspace.run("git", "commit", "--quiet", "--message", "Digits")
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 handwritten digits, a folder a class."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder, 0, IMAGES_PER_CLASS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lived_in(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path, digits: Path) -> Workspace:
+    """A workspace with the digits added; tests/end_to_end/test_retrain.py lives in it."""
+    return prepared(tmp_path_factory.mktemp("flow") / "workspace", prefect_home, digits)
+
+
+@pytest.fixture(scope="session")
+def first_retrain(lived_in: Workspace) -> dict:
+    """The summary of the first retrain in ``lived_in``; its bundle is version 1 of the registry, for good."""
+    return json.loads(lived_in.tanuki("retrain", "--json").stdout)

@@ -1,0 +1,170 @@
+"""The main job, for real: a workspace in git and DVC, Prefect's own server, torch, onnxruntime; 400 handwritten digits.
+
+One workspace (`lived_in` of tests/conftest.py) lives through these tests in order, as a user's would: first retrain,
+nothing changed, a changed number, more images. A second clone runs `dvc repro` by hand and comes to the same bytes.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import IMAGES_PER_CLASS, Workspace, prepared, write_digits
+
+MORE_IMAGES = 4
+
+
+def locked_outputs(workspace: Workspace) -> dict[str, str]:
+    """DVC's hash of every output of every stage."""
+    from ruamel.yaml import YAML
+
+    stages = YAML(typ="safe").load(workspace.root / "dvc.lock")["stages"]
+    return {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}
+
+
+def report(workspace: Workspace, stage: str) -> dict[str, object]:
+    return json.loads((workspace.root / "data" / "reports" / f"{stage}.json").read_text())
+
+
+def test_the_first_retrain_ends_with_a_champion(lived_in: Workspace, first_retrain: dict) -> None:
+    assert first_retrain["decision"]["outcome"] == "first"
+    assert first_retrain["champion"]["id"] == 1
+    assert [stage["outcome"] for stage in first_retrain["stages"]] == ["ran"] * 8
+    assert first_retrain["accuracy"]["bundle"]["accuracy"] > 0.7
+    versions = json.loads(lived_in.tanuki("versions", "--json").stdout)
+    assert [(version["id"], version["champion"]) for version in versions] == [(1, True)]
+
+
+def test_the_champion_answers(lived_in: Workspace, first_retrain: dict) -> None:
+    picture = lived_in.root / "data" / "raw" / "0" / "digit-0000.png"
+    (answer,) = json.loads(lived_in.tanuki("predict", picture, "--json").stdout)
+    assert answer["top"][0][0] == "0"
+    assert "torch" not in imported_by_predict(lived_in, picture)
+
+
+def imported_by_predict(workspace: Workspace, picture: Path) -> set[str]:
+    code = (
+        "import sys; sys.argv = ['tanuki', 'predict', sys.argv[1]]\n"
+        "from flows.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('\\n' + ' '.join(sys.modules))"
+    )
+    return set(workspace.run(sys.executable, "-c", code, picture).stdout.splitlines()[-1].split())
+
+
+def test_a_second_retrain_finds_nothing_changed_within_20_seconds(lived_in: Workspace, first_retrain: dict) -> None:
+    start = time.monotonic()
+    told = lived_in.tanuki("retrain").stdout
+    assert "Nothing changed" in told
+    assert time.monotonic() - start < 20
+
+
+def test_lineage_names_commit_data_params_metrics_and_decision(lived_in: Workspace, first_retrain: dict) -> None:
+    lineage = json.loads(lived_in.tanuki("lineage", "1").stdout)
+    assert lineage["git_commit"] == lived_in.run("git", "rev-parse", "HEAD").stdout.strip()
+    assert lineage["data_version"].endswith(".dir")
+    assert lineage["params"]["seed"] == 0
+    assert lineage["metrics"]["evaluate"] == report(lived_in, "evaluate")
+    assert lineage["dvc_outputs"] == locked_outputs(lived_in)
+    assert lineage["decision"]["outcome"] == "first"
+
+
+def test_dvc_repro_in_another_clone_gives_the_same_bytes(
+    lived_in: Workspace, first_retrain: dict, tmp_path: Path, prefect_home: Path, digits: Path
+) -> None:
+    other = prepared(tmp_path / "elsewhere" / "another clone", prefect_home, digits)
+    other.dvc("repro")
+    model = Path("data") / "bundle" / "model.onnx"
+    assert (other.root / model).read_bytes() == (lived_in.root / model).read_bytes()
+    mine, theirs = locked_outputs(lived_in), locked_outputs(other)
+    # Data Docs tell the time of the run.
+    assert {path: md5 for path, md5 in theirs.items() if path != "data/reports/validation"} == {
+        path: md5 for path, md5 in mine.items() if path != "data/reports/validation"
+    }
+
+
+def test_dvcs_own_commands_work_on_it(lived_in: Workspace, first_retrain: dict) -> None:
+    lived_in.run("git", "add", "--all")
+    lived_in.run("git", "commit", "--quiet", "--message", "First model")
+    assert "accuracy" in lived_in.dvc("metrics", "show").stdout
+    assert "finetune-->export_onnx" in lived_in.dvc("dag", "--mermaid").stdout.replace(" ", "") or lived_in.dvc("dag")
+    lived_in.dvc("plots", "show", "--out", "plots")
+    assert "vega" in (lived_in.root / "plots" / "index.html").read_text()
+    lived_in.set_param("seed", 1)
+    assert "seed" in lived_in.dvc("params", "diff").stdout
+    lived_in.set_param("seed", 0)
+
+
+def test_a_changed_fine_tuning_number_runs_from_finetune_on(lived_in: Workspace, first_retrain: dict) -> None:
+    lived_in.set_param("finetune.clip_norm", 0.5)
+    told = json.loads(lived_in.tanuki("status", "--json").stdout)
+    assert list(told["would_run"]) == ["finetune", "export_onnx", "evaluate"]
+    lived_in.set_param("finetune.clip_norm", 1.0)
+    assert json.loads(lived_in.tanuki("status", "--json").stdout)["would_run"] == {}
+
+
+def test_an_experiment_changes_the_metrics_it_should(lived_in: Workspace, first_retrain: dict) -> None:
+    before = report(lived_in, "train_head")
+    lived_in.dvc("exp", "run", "--set-param", "train_head.num_c=2", "--name", "two-strengths")
+    assert report(lived_in, "train_head") != before
+    assert "train_head" in lived_in.dvc("metrics", "diff").stdout
+    lived_in.run("git", "checkout", "--quiet", "--", "params.yaml", "dvc.lock")
+    lived_in.dvc("checkout")
+    assert report(lived_in, "train_head") == before
+
+
+def test_more_images_cost_only_themselves(lived_in: Workspace, first_retrain: dict, tmp_path: Path) -> None:
+    number = write_digits(tmp_path / "more", IMAGES_PER_CLASS, IMAGES_PER_CLASS + MORE_IMAGES)
+    added = json.loads(lived_in.tanuki("add", tmp_path / "more", "--json").stdout)
+    assert added["added"] == number
+    summary = json.loads(lived_in.tanuki("retrain", "--json").stdout)
+    assert report(lived_in, "index_images")["decoded"] == number
+    features = report(lived_in, "cache_features")
+    assert 0 < features["extracted"] <= number * features["views"]
+    outcomes = {stage["stage"]: stage["outcome"] for stage in summary["stages"]}
+    assert outcomes["fetch_backbone"] == "up to date"
+    assert outcomes["train_head"] == "ran"
+    assert summary["decision"]["outcome"] in ("promote", "refuse", "undecided")
+    assert len(json.loads(lived_in.tanuki("versions", "--json").stdout)) == 2
+
+
+def test_a_forced_promotion_and_a_rollback_are_told_in_the_history(lived_in: Workspace, first_retrain: dict) -> None:
+    lived_in.tanuki("promote", "2", "--reason", "asked for by the shop floor", check=False)
+    lived_in.tanuki("rollback", "--reason", "it was slower")
+    champion = [row["id"] for row in json.loads(lived_in.tanuki("versions", "--json").stdout) if row["champion"]]
+    assert champion == [1]
+    assert "it was slower" in (lived_in.root / "data" / "registry" / "events.jsonl").read_text()
+
+
+def test_a_second_retrain_while_one_runs_is_told_so_and_a_killed_one_loses_nothing(
+    lived_in: Workspace, first_retrain: dict
+) -> None:
+    lived_in.set_param("finetune.clip_norm", 0.9)
+    first = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "retrain"],
+        cwd=lived_in.root,
+        env=lived_in.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert first.stdout is not None
+    for line in first.stdout:
+        if "[train_head]" in line or "[finetune]" in line:
+            break
+    second = lived_in.tanuki("retrain", check=False)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    first.stdout.close()
+    assert second.returncode == 1
+    assert "is busy" in second.stderr
+    assert "Traceback" not in second.stderr
+    champion = json.loads(lived_in.tanuki("status", "--json").stdout)["champion"]
+    assert champion["id"] == 1
+    after = json.loads(lived_in.tanuki("retrain", "--json").stdout)
+    assert {stage["stage"]: stage["outcome"] for stage in after["stages"]}["evaluate"] == "ran"

@@ -1,0 +1,80 @@
+"""How the sample's first champion behaves: what must not change an answer does not, and every class works.
+
+The model is the one that a real retrain on 400 digits made (tests/conftest.py), asked on its own test images.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from deploy.predictor import Predictor
+from deploy.registry import Registry
+from tests.conftest import Workspace
+
+
+@pytest.fixture(scope="module")
+def predictor(lived_in: Workspace, first_retrain: dict):
+    with Predictor(Registry(lived_in.root / "data" / "registry").bundle(1)) as predictor:
+        yield predictor
+
+
+@pytest.fixture(scope="module")
+def test_images(lived_in: Workspace, first_retrain: dict) -> dict[Path, str]:
+    table = pd.read_parquet(Path(first_retrain["champion"]["directory"]).parents[2] / "manifest" / "accepted.parquet")
+    test = table[table["split"] == "test"]
+    return {
+        lived_in.root / "data" / "raw" / path: label for path, label in zip(test["path"], test["label"], strict=True)
+    }
+
+
+def answers(predictor: Predictor, pictures: list[bytes]) -> np.ndarray:
+    return np.array([answer.top[0][0] for answer in predictor.predict_bytes([("", picture) for picture in pictures])])
+
+
+def reencoded(path: Path, **change: object) -> bytes:
+    image = Image.open(path)
+    if "size" in change:
+        image = image.resize((change["size"], change["size"]), Image.Resampling.BICUBIC)
+    if "mode" in change:
+        image = image.convert(str(change["mode"]))
+    buffer = io.BytesIO()
+    image.save(buffer, str(change.get("format", "PNG")), **({"quality": 95} if change.get("format") == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+def test_grey_and_colour_files_of_one_picture_get_the_same_answer(predictor, test_images) -> None:
+    given = predictor.score_files(list(test_images)).probabilities
+    coloured = predictor.predict([np.asarray(Image.open(path).convert("RGB")) for path in test_images]).probabilities
+    np.testing.assert_allclose(coloured, given, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "least"),
+    [({"format": "JPEG", "mode": "RGB"}, 0.95), ({"format": "WEBP", "mode": "RGB"}, 0.85), ({"size": 24}, 0.80)],
+    ids=["as JPEG", "as lossy WebP", "three times as large"],
+)
+def test_the_label_survives_what_happens_to_files(predictor, test_images, change: dict, least: float) -> None:
+    before = answers(predictor, [path.read_bytes() for path in test_images])
+    after = answers(predictor, [reencoded(path, **change) for path in test_images])
+    assert (before == after).mean() >= least
+
+
+def test_every_class_is_found_more_often_than_not(predictor, test_images) -> None:
+    found = answers(predictor, [path.read_bytes() for path in test_images])
+    truth = np.array(list(test_images.values()))
+    assert {label: (found[truth == label] == label).mean() for label in set(truth)}.keys() == set("0123456789")
+    assert all((found[truth == label] == label).mean() > 0.5 for label in set(truth))
+
+
+def test_a_picture_lies_nearer_to_its_own_copy_than_to_any_other(predictor, test_images) -> None:
+    paths = list(test_images)[:40]
+    embeddings = predictor.score_files(paths).embeddings
+    copies = predictor.predict(
+        [np.asarray(Image.open(io.BytesIO(reencoded(path, format="JPEG", mode="RGB")))) for path in paths]
+    ).embeddings
+    distances = np.linalg.norm(embeddings[:, None] - copies[None], axis=2)
+    assert (distances.argmin(axis=1) == np.arange(len(paths))).mean() >= 0.9

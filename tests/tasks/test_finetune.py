@@ -1,0 +1,542 @@
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from deploy.runtime import open_session
+from tasks import finetune
+from tasks.data.manifest import read_manifest, write_manifest
+from tasks.data.views import view_names
+from tasks.errors import BackboneError, DataError, ParamsError
+from tasks.export.preprocessing import preprocessing_graph
+from tasks.finetune import FinetuneReport
+from tasks.layout import Layout
+from tasks.models.architectures import Network, build_network
+from tasks.models.backbone_card import read_card
+from tasks.models.head import Head, read_head, write_head
+from tasks.params import load_params
+from tasks.training.augmented import PixelSource
+from tasks.training.boundary import CachedBoundary, RecomputedBoundary, open_boundary
+from tasks.training.checkpoint import Checkpoint, CheckpointFile
+from tasks.training.ema import Ema
+from tasks.training.schedule import (
+    EPOCHS_ABOVE,
+    MIN_STEPS,
+    STAGE_SHAPES,
+    layer_group_learning_rates,
+    recipe_for,
+    stage_length,
+    warmup_cosine,
+)
+from tasks.training.selection import best_temperature, compare, judge, negative_log_likelihood
+from tasks.training.tuner import (
+    Pace,
+    StageTuner,
+    StandardisedHead,
+    copied,
+    frozen_digest,
+    interpolated,
+    trainable_tensors,
+)
+from tests.tasks.finetune_workspaces import (
+    MEAN,
+    STD,
+    digit_images,
+    embed,
+    splits,
+    write_backbone,
+    write_images,
+    write_probe,
+)
+
+NUM_IMAGES, NUM_VAL, SIZE_PX = 220, 70, 32
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace as train_head leaves it: real digits, a small real network, its probe."""
+    layout = Layout(tmp_path_factory.mktemp("digits"))
+    images, labels = digit_images(NUM_IMAGES)
+    write_images(layout, images, labels, splits(NUM_IMAGES, NUM_VAL))
+    network = write_backbone(layout, "squeezenet1_1", size_px=SIZE_PX, depths=2)
+    write_probe(layout, network)
+    return layout.root
+
+
+@pytest.fixture
+def layout(digits: Path, tmp_path: Path) -> Layout:
+    """A copy of it that a test may change."""
+    shutil.copytree(digits, tmp_path / "workspace")
+    return Layout(tmp_path / "workspace")
+
+
+def run(layout: Layout, repository: Path, **changes: Any) -> FinetuneReport:
+    """The stage with params.yaml's numbers, but short and brisk."""
+    params = load_params(repository / "params.yaml")
+    brisk = {"epochs": 4, "learning_rate": 2e-3, "views": 2, **changes}
+    return finetune.run(
+        layout, seed=params.seed, augment=params.augment, finetune=params.finetune.model_copy(update=brisk)
+    )
+
+
+def facts(layout: Layout) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((layout.finetuned_dir / "finetuned.json").read_text())
+    return values
+
+
+# Schedule
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.floats(1e-6, 1.0), st.floats(0.01, 1.0))
+def test_learning_rates_never_fall_towards_the_head(num_groups: int, base_lr: float, layer_decay: float) -> None:
+    rates = layer_group_learning_rates(num_groups, base_lr, layer_decay)
+    assert len(rates) == num_groups
+    assert rates == sorted(rates)
+    assert rates[-1] == base_lr
+
+
+def test_a_layer_decay_outside_0_to_1_is_refused() -> None:
+    with pytest.raises(ParamsError, match=r"layer_decay is 1\.5"):
+        layer_group_learning_rates(3, 1e-3, 1.5)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 500), st.floats(0, 1))
+def test_the_schedule_rises_once_falls_once_and_never_stops_learning(steps: int, warmup_fraction: float) -> None:
+    factors = [warmup_cosine(step, steps=steps, warmup_fraction=warmup_fraction) for step in range(steps)]
+    assert all(0 < factor <= 1 for factor in factors)
+    peak = int(np.argmax(factors))
+    assert factors[peak] == 1
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+
+
+def test_more_images_take_fewer_epochs_but_never_fewer_than_the_least_steps() -> None:
+    def length(num_images: int, **changes: Any) -> Any:
+        settings = {"batch_size": 32, "epochs": "auto", "length_factor": 1.0, "max_steps": 10**9}
+        return stage_length(num_images=num_images, affordable_steps=10**9, **{**settings, **changes})
+
+    assert length(40).steps >= MIN_STEPS
+    assert [length(num).epochs for num in (499, 1_170, 6_000)] == [20, 10, 6]
+    assert length(50_000).epochs == EPOCHS_ABOVE
+    assert length(1_170, length_factor=0.5).epochs == 5
+    assert length(1_170, epochs=2).steps == 2 * math.ceil(1_170 / 32)
+
+
+def test_the_tighter_limit_cuts_a_stage_short_and_is_named() -> None:
+    settings: dict[str, Any] = {"num_images": 320, "batch_size": 32, "epochs": 10, "length_factor": 1.0}
+    assert stage_length(**settings, max_steps=45, affordable_steps=60).limited_by == "max_steps"
+    cut = stage_length(**settings, max_steps=60, affordable_steps=45)
+    assert (cut.limited_by, cut.steps, cut.epochs) == ("max_tflop", 45, 5)
+    assert stage_length(**settings, max_steps=100, affordable_steps=100).limited_by is None
+
+
+def test_every_family_has_the_recipe_that_suits_it() -> None:
+    assert recipe_for("mobilenet_v3_small").learning_rate == 3e-4
+    assert recipe_for("resnet50").optimiser == "sgd"
+    assert recipe_for("vit_b_16").learning_rate == 5e-5
+    assert recipe_for("squeezenet1_1").optimiser == "adamw"
+
+
+def test_the_stem_is_in_no_stage() -> None:
+    assert [STAGE_SHAPES["top"].first_group(5), STAGE_SHAPES["rest"].first_group(5)] == [4, 1]
+    assert STAGE_SHAPES["rest"].first_group(2) == 1
+
+
+# The average, the interpolation, the head
+
+
+def test_the_average_follows_its_formula() -> None:
+    weight = torch.zeros(1)
+    ema = Ema({"w": weight}, decay=0.5)
+    expected = 0.0
+    for step in range(1, 30):
+        weight.fill_(float(step))
+        ema.update({"w": weight})
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert ema.average["w"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_interpolation_goes_from_start_to_end() -> None:
+    start, end = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}
+    assert interpolated(start, end, 0.25)["w"].tolist() == [1.5, 3.0]
+    assert interpolated(start, end, 1.0)["w"].tolist() == end["w"].tolist()
+
+
+def test_a_standardised_head_is_the_same_function() -> None:
+    generator = np.random.default_rng(0)
+    head = Head(
+        ("a", "b", "c"), generator.normal(size=(3, 5)).astype(np.float32), generator.normal(size=3).astype(np.float32)
+    )
+    features = (generator.normal(size=(40, 5)) * 7 + 3).astype(np.float32)
+    inside = StandardisedHead(head, torch.from_numpy(features))
+    with torch.no_grad():
+        np.testing.assert_allclose(inside(torch.from_numpy(features)).numpy(), head.logits(features), atol=2e-4)
+    np.testing.assert_allclose(inside.folded().logits(features), head.logits(features), atol=2e-4)
+
+
+# Selection
+
+
+def test_the_temperature_undoes_overconfidence() -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(5_000, 4))
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = np.array([generator.choice(4, p=each) for each in probabilities])
+    assert best_temperature(logits * 3, labels) == pytest.approx(3, rel=0.1)
+
+
+def test_confidence_alone_makes_no_candidate_better() -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(3, size=200)
+    logits = generator.normal(size=(200, 3)) + 2 * np.eye(3)[labels]
+    before, after = judge(logits, labels), judge(logits * 5, labels)
+    assert after.mean_nll == pytest.approx(before.mean_nll, abs=1e-3)
+    assert not compare(before, before).better
+
+
+def test_a_gain_must_exceed_its_standard_error() -> None:
+    nll = np.random.default_rng(0).uniform(0.5, 1.5, size=100)
+    start = judge(np.zeros((100, 2)), np.zeros(100, np.int64))
+    before = dataclasses.replace(start, nll=nll)
+    noise = np.random.default_rng(1).normal(size=100)
+    noise -= noise.mean()
+    for gain, better in ((0.05, False), (0.2, True), (-0.2, False)):
+        assert compare(before, dataclasses.replace(start, nll=nll - gain + noise)).better is better
+
+
+def test_likelihood_of_certain_error_is_bounded() -> None:
+    assert negative_log_likelihood(np.array([[1e6, 0.0]]), np.array([1]))[0] == pytest.approx(-math.log(1e-12))
+
+
+# The frozen boundary
+
+
+def pixel_source(layout: Layout, num: int, views: tuple[str, ...]) -> PixelSource:
+    rows = read_manifest(layout.accepted).iloc[:num]
+    session = open_session(
+        preprocessing_graph(size_px=SIZE_PX, crop_fraction=1.0, mean=MEAN, std=STD, opset=20).SerializeToString()
+    )
+    return PixelSource(
+        files=[layout.raw / path for path in rows["path"]],
+        shas=rows["sha256"].tolist(),
+        views=views,
+        whole=session,
+        crop=session,
+        min_area_fraction=0.5,
+        hflip=False,
+        max_pixels=1_000,
+        workers=2,
+    )
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "swin_t"])
+def test_kept_and_recomputed_activations_agree(layout: Layout, tmp_path: Path, architecture: str) -> None:
+    network = small_network(architecture)
+    group = network.num_groups - 1
+    pixels = pixel_source(layout, 5, view_names(3, hflip=False))
+    cached, num_bytes = open_boundary(
+        network, group, pixels, max_bytes=10**9, directory=tmp_path, batch_size=4, what="test"
+    )
+    recomputed, none = open_boundary(network, group, pixels, max_bytes=0, directory=tmp_path, batch_size=4, what="test")
+    assert isinstance(cached, CachedBoundary)
+    assert isinstance(recomputed, RecomputedBoundary)
+    assert (num_bytes, none) == (cached.maps.nbytes, 0)
+    batches = [[(4, 2), (0, 0)], [(1, 1)]]
+    for one, other in zip(cached.batches(batches), recomputed.batches(batches), strict=True):
+        with torch.no_grad():
+            embeddings = [network.forward_from(boundary, group) for boundary in (one, other)]
+        torch.testing.assert_close(*embeddings, rtol=5e-3, atol=5e-3)
+    assert not list(tmp_path.glob("*.tmp")), "the file of activations has no name to leave behind"
+
+
+def small_network(architecture: str) -> Network:
+    """Random weights whose BatchNorm statistics fit them."""
+    torch.manual_seed(0)
+    network = build_network(architecture, depths=2)
+    norms = [each for each in network.modules() if isinstance(each, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.training = True
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(8, 3, SIZE_PX, SIZE_PX))
+    for norm in norms:
+        norm.training = False
+    return network.to(memory_format=torch.channels_last)
+
+
+def test_crops_are_seen_and_centre_is_the_plain_picture(layout: Layout) -> None:
+    pixels = pixel_source(layout, 3, ("centre", "crop-1"))
+    centre, crop = pixels.pixels((0, 0)), pixels.pixels((0, 1))
+    assert centre.shape == crop.shape == (3, SIZE_PX, SIZE_PX)
+    assert not np.array_equal(centre, crop)
+    batches = list(pixels.batches([[(0, 0), (1, 0)], [(2, 0)], [(0, 1)], [(0, 0)]]))
+    assert [len(batch) for batch in batches] == [2, 1, 1, 1]
+    np.testing.assert_array_equal(batches[3][0], centre)
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    file = CheckpointFile(tmp_path / "run" / "c.safetensors", "digest")
+    tensors = {"now/w": torch.arange(6.0).reshape(2, 3), "optimiser/0/step": torch.tensor(7.0)}
+    file.save(Checkpoint({"epoch": 3, "best_nll": None}, tensors))
+    loaded = file.load()
+    assert loaded is not None
+    assert loaded.position == {"epoch": 3, "best_nll": None}
+    assert {name: tensor.tolist() for name, tensor in loaded.tensors.items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }
+    file.remove()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_run_or_a_broken_one_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    CheckpointFile(path, "one").save(Checkpoint({}, {"w": torch.zeros(1)}))
+    assert CheckpointFile(path, "other").load() is None
+    path.write_bytes(path.read_bytes()[:40])
+    assert CheckpointFile(path, "one").load() is None
+
+
+# The stage
+
+
+def test_a_stage_that_helps_is_kept_and_only_moves_what_it_may(layout: Layout, repository: Path) -> None:
+    report = run(layout, repository)
+    assert "top" in report.kept
+    assert facts(layout) == json.loads(json.dumps(dataclasses.asdict(report)))
+    before, after = (
+        load_file(path) for path in (layout.backbone_weights, layout.finetuned_dir / "network.safetensors")
+    )
+    assert before.keys() == after.keys()
+    stem = {name for name in before if name.startswith("features.0.")}
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert stem
+    assert moved
+    assert not stem & moved
+    assert not layout.checkpoints_dir.exists()
+
+    # What was written is what was judged: the same likelihood from the files alone.
+    assert report.val_nll_after is not None
+    assert report.val_nll_before is not None
+    assert report.val_nll_after < report.val_nll_before
+    card = read_card(layout.backbone_card)
+    network = build_network(card.architecture, depths=card.depths)
+    network.load_trunk(after)
+    head = read_head(layout.finetuned_dir)
+    rows = read_manifest(layout.accepted).query("split == 'val'")
+    labels = np.array([head.labels.index(label) for label in rows["label"]])
+    logits = head.logits(embed(layout, network, rows["path"].tolist()))
+    assert negative_log_likelihood(logits, labels).mean() == pytest.approx(report.val_nll_after, rel=1e-3)
+
+
+def test_noise_for_labels_leaves_the_probe_as_it_is(layout: Layout, repository: Path) -> None:
+    frame = read_manifest(layout.accepted)
+    train = frame["split"] == "train"
+    frame.loc[train, "label"] = np.random.default_rng(0).permutation(frame.loc[train, "label"].to_numpy())
+    write_manifest(layout.accepted, frame)
+    report = run(layout, repository)
+    assert report.kept == ()
+    assert report.reason == "no stage was kept"
+    assert [record.kept for record in report.stages] == [False, False]
+    assert report.stages[0].reason.startswith("dropped: ")
+    assert report.stages[1].reason == "not tried: stage top was not kept"
+    assert [path.name for path in layout.finetuned_dir.iterdir()] == ["finetuned.json"]
+
+
+def test_batchnorm_statistics_and_frozen_groups_do_not_move() -> None:
+    network = small_network("mobilenet_v3_small")
+    head = blank_head(network)
+    length = stage_length(num_images=16, batch_size=8, epochs=2, length_factor=1, max_steps=100, affordable_steps=100)
+    rates = layer_group_learning_rates(network.num_groups + 1, 1e-2, 0.8)[1:]
+    pace = Pace(recipe_for("mobilenet_v3_small"), rates, 0.01, length, warmup_fraction=0.1, clip_norm=1, ema_decay=0.9)
+    tuner = StageTuner(network, 1, head, pace)
+    before, digest = copied(network.trunk_state()), frozen_digest(network, 1)
+    with torch.no_grad():
+        batches = [network.forward_until(torch.randn(8, 3, SIZE_PX, SIZE_PX), 1) for _ in range(2)]
+    losses = [tuner.run_epoch(batches, [torch.tensor([0, 1] * 4)] * 2) for _ in range(length.epochs)]
+    after = network.trunk_state()
+    assert tuner.step == length.steps == 4
+    assert all(math.isfinite(loss) for loss in losses)
+    assert frozen_digest(network, 1) == digest
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name.removeprefix("trunk.") for name in tuner.tensors if name.startswith("trunk.")}
+    assert not any("running" in name or name.startswith("features.0.") for name in moved)
+
+
+def blank_head(network: Network) -> StandardisedHead:
+    dim = network.feature_dim
+    return StandardisedHead(
+        Head(("a", "b"), np.zeros((2, dim), np.float32), np.zeros(2, np.float32)), torch.randn(3, dim)
+    )
+
+
+def test_the_frozen_digest_sees_a_moved_weight_and_a_moved_statistic() -> None:
+    network = small_network("mobilenet_v3_small")
+    head = blank_head(network)
+    top = network.num_groups - 1
+    before = frozen_digest(network, top)
+    tensors = trainable_tensors(network, top, head)
+    assert all(name.startswith(("trunk.features.9", "trunk.features.1", "head.")) for name in tensors)
+    with torch.no_grad():
+        tensors["trunk.features.12.0.weight"].add_(1)
+    assert frozen_digest(network, top) == before
+    statistic = dict(network.trunk.named_buffers())["features.12.1.running_mean"]
+    statistic.add_(1)
+    assert frozen_digest(network, top) != before
+    statistic.sub_(1)
+    with torch.no_grad():
+        network.group_parameters(0)[0].add_(1)
+    assert frozen_digest(network, top) != before
+
+
+def test_training_is_the_same_whether_activations_are_kept_or_computed_again(layout: Layout, repository: Path) -> None:
+    kept = run(layout, repository, stages=("top",))
+    weights = load_file(layout.finetuned_dir / "network.safetensors")
+    computed = run(layout, repository, stages=("top",), boundary_cache_gb=0.0)
+    again = load_file(layout.finetuned_dir / "network.safetensors")
+    assert [kept.stages[0].boundary, computed.stages[0].boundary] == ["cached", "recomputed"]
+    assert computed.stages[0].val_nll_after == pytest.approx(kept.stages[0].val_nll_after, rel=0.02)
+    start = load_file(layout.backbone_weights)
+    apart = sum(float((weights[name] - again[name]).abs().sum()) for name in start)
+    moved = sum(float((weights[name] - start[name]).abs().sum()) for name in start)
+    assert apart < 0.05 * moved
+
+
+def test_too_few_validation_images_or_switched_off_means_no_stage(layout: Layout, repository: Path) -> None:
+    run(layout, repository, epochs=1)
+    for changes, reason in (
+        ({"min_val_images": 1_000}, "70 validation images cannot judge a stage: finetune.min_val_images is 1000"),
+        ({"enabled": False}, "finetune.enabled is false"),
+        ({"stages": ()}, "finetune.stages is empty"),
+    ):
+        report = run(layout, repository, **changes)
+        assert (report.kept, report.stages, report.reason) == ((), (), reason)
+        assert [path.name for path in layout.finetuned_dir.iterdir()] == ["finetuned.json"]
+        assert facts(layout)["kept"] == []
+
+
+def test_a_stage_that_costs_too_much_is_cut_short_or_left_out(layout: Layout, repository: Path) -> None:
+    assert run(layout, repository, max_steps=7, stages=("top",)).stages[0].steps == 7
+    report = run(layout, repository, max_tflop=1e-6)
+    assert report.stages[0].reason == "not tried: finetune.max_tflop affords 0 steps; 20 is the least"
+    assert report.stages[0].steps == 0
+
+
+def test_a_diverging_stage_is_dropped(layout: Layout, repository: Path) -> None:
+    report = run(layout, repository, learning_rate=1e30, warmup_fraction=0.0)
+    assert report.kept == ()
+    assert "the loss is" in report.stages[0].reason
+
+
+def test_classes_that_the_probe_does_not_know_are_left_out_of_judging(layout: Layout, repository: Path) -> None:
+    head = read_head(layout.head_dir)
+    write_head(layout.head_dir, Head(head.labels[1:], head.weight[1:], head.bias[1:]), {})
+    report = run(layout, repository, epochs=1, min_val_images=2)
+    assert report.num_val < NUM_VAL
+    assert report.num_train < NUM_IMAGES - NUM_VAL
+
+
+def test_a_changed_or_missing_picture_is_named(layout: Layout, repository: Path) -> None:
+    path = layout.raw / read_manifest(layout.accepted)["path"].iloc[0]
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(DataError, match=f"{path.name} has changed since it was indexed"):
+        run(layout, repository)
+    path.unlink()
+    with pytest.raises(DataError, match=f"{path.name} was indexed and is gone"):
+        run(layout, repository)
+
+
+def test_other_weights_than_the_cards_are_refused(layout: Layout, repository: Path) -> None:
+    layout.backbone_weights.write_bytes(layout.backbone_weights.read_bytes() + b"x")
+    with pytest.raises(BackboneError, match=r"is not what backbone\.json describes"):
+        run(layout, repository)
+
+
+# Killed and run again
+
+BOTH = """
+import shutil, sys
+from pathlib import Path
+from tasks.__main__ import run_stage
+from tasks.layout import Layout
+from tasks.params import load_params
+for root in map(Path, sys.argv[1:]):
+    run_stage("finetune", Layout(root), load_params(root / "params.yaml"))
+"""
+
+
+def start(repository: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=repository, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+
+def kill_in_stage(process: subprocess.Popen[bytes], layout: Layout, stage: int) -> None:
+    """Kills a run, without a word of warning, after an epoch of a stage."""
+    path = layout.checkpoints_dir / "finetune.safetensors"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        position = read_position(path) if path.exists() else {"records": [], "epoch": 0}
+        if len(position["records"]) == stage and position["epoch"] >= 1:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    output = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+
+
+def read_position(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    values: dict[str, Any] = json.loads(header["__metadata__"]["tanuki"])["position"]
+    return values
+
+
+@pytest.mark.parametrize(
+    "stages", [pytest.param([0], id="top"), pytest.param([0, 1], id="top-and-rest", marks=pytest.mark.slow)]
+)
+def test_a_run_killed_and_run_again_gives_the_same_bytes(
+    layout: Layout, repository: Path, tmp_path: Path, stages: list[int]
+) -> None:
+    text = (repository / "params.yaml").read_text()
+    for before, after in (("epochs: auto", "epochs: 12"), ("learning_rate: auto", "learning_rate: 2.0e-3")):
+        assert before in text
+        text = text.replace(before, after, 1)
+    layout.params.write_text(text)
+    undisturbed = Layout(tmp_path / "undisturbed")
+    shutil.copytree(layout.root, undisturbed.root)
+    for stage in stages:
+        kill_in_stage(start(repository, "-m", "tasks", "finetune", "--root", str(layout.root)), layout, stage)
+    process = start(repository, "-c", BOTH, str(layout.root), str(undisturbed.root))
+    output = process.communicate()
+    assert process.returncode == 0, output
+    assert "top" in facts(layout)["kept"]
+    for name in ("network.safetensors", "head.safetensors", "head.json", "finetuned.json"):
+        resumed, whole = ((each.finetuned_dir / name).read_bytes() for each in (layout, undisturbed))
+        assert resumed == whole, name
+    assert not layout.checkpoints_dir.exists()
+
+
+def test_copies_do_not_follow() -> None:
+    weight = torch.zeros(2)
+    copy = copied({"w": weight})
+    weight.add_(1)
+    assert copy["w"].tolist() == [0, 0]

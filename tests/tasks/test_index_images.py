@@ -1,0 +1,358 @@
+"""The manifest: what gets a row, what is never decoded twice, and splits that never move."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tasks import index_images as stage
+from tasks.data.facts import image_facts
+from tasks.data.manifest import (
+    SCHEMA,
+    Facts,
+    Row,
+    class_names,
+    read_known_facts,
+    read_manifest,
+    rows_to_frame,
+    write_manifest,
+)
+from tasks.data.splits import SPLITS, assigned_split, hashed_split
+from tasks.errors import DataError
+from tasks.layout import Layout
+from tasks.params import IndexImagesParams
+
+PARAMS = IndexImagesParams(val_fraction=0.2, test_fraction=0.3, max_megapixels=1)
+
+
+def picture(seed: int, *, side: int = 24, flat: int | None = None, file_format: str = "PNG") -> bytes:
+    """A small picture that has no near-duplicate, or a flat one."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    image = coarse.resize((side, side)) if flat is None else Image.new("RGB", (side, side), (flat, flat, flat))
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format)
+    return buffer.getvalue()
+
+
+def put(layout: Layout, path: str, data: bytes) -> None:
+    (layout.raw / path).parent.mkdir(parents=True, exist_ok=True)
+    (layout.raw / path).write_bytes(data)
+
+
+def index(layout: Layout, *, seed: int = 0, params: IndexImagesParams = PARAMS) -> stage.IndexImagesReport:
+    return stage.run(layout, seed=seed, index_images=params)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    """Two classes of 20 pictures."""
+    layout = Layout(tmp_path)
+    for number in range(40):
+        put(layout, f"{'cat' if number % 2 else 'dog'}/{number:02d}.png", picture(number))
+    return layout
+
+
+def splits_by_content(layout: Layout) -> dict[str, str]:
+    frame = read_manifest(layout.images)
+    return dict(zip(frame["sha256"], frame["split"], strict=True))
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+GROUPS = st.text("0123456789abcdef", min_size=16, max_size=16)
+FRACTIONS = st.floats(0, 0.45)
+
+
+@given(GROUPS, st.integers(0, 2**31), FRACTIONS, FRACTIONS, FRACTIONS)
+def test_a_changed_fraction_never_moves_an_image_between_the_other_two(
+    group: str, seed: int, val: float, test: float, other: float
+) -> None:
+    before = hashed_split(group, seed=seed, val_fraction=val, test_fraction=test)
+    after = hashed_split(group, seed=seed, val_fraction=other, test_fraction=test)
+    assert before in SPLITS
+    assert (before == "test") == (after == "test")
+    after = hashed_split(group, seed=seed, val_fraction=val, test_fraction=other)
+    assert (before == "val") == (after == "val")
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**31), st.floats(0.05, 0.4), st.floats(0.05, 0.4))
+def test_fractions_hold_within_sampling_error(seed: int, val: float, test: float) -> None:
+    number = 2000
+    splits = [hashed_split(f"{i:016x}", seed=seed, val_fraction=val, test_fraction=test) for i in range(number)]
+    for split, fraction in (("val", val), ("test", test)):
+        five_sigma = 5 * (fraction * (1 - fraction) / number) ** 0.5
+        assert abs(splits.count(split) / number - fraction) < five_sigma
+
+
+@given(GROUPS, st.sampled_from([None, *SPLITS]), st.sets(st.sampled_from(SPLITS)), st.integers(0, 99))
+def test_official_val_and_test_are_kept_and_only_what_folders_lack_is_hashed(
+    group: str, official: str | None, named: set[str], seed: int
+) -> None:
+    named = named | {official} - {None}
+    split = assigned_split(group, official, named, seed=seed, val_fraction=0.3, test_fraction=0.3)
+    if official in ("val", "test") or (official == "train" and {"val", "test"} <= named):
+        assert split == official
+    elif official == "train":
+        assert split == "train" or split not in named
+    else:
+        assert split == hashed_split(group, seed=seed, val_fraction=0.3, test_fraction=0.3)
+
+
+def test_adding_renaming_relabelling_and_removing_images_never_moves_an_image(layout: Layout) -> None:
+    index(layout)
+    before = splits_by_content(layout)
+    assert set(before.values()) == set(SPLITS)
+    for number in range(100, 130):
+        put(layout, f"owl/deep/{number}.png", picture(number))
+    (layout.raw / "cat" / "01.png").rename(layout.raw / "cat" / "another name.png")
+    (layout.raw / "cat" / "03.png").rename(layout.raw / "dog" / "03.png")
+    (layout.raw / "dog" / "00.png").unlink()
+    index(layout)
+    after = splits_by_content(layout)
+    assert all(after[sha256] == split for sha256, split in before.items() if sha256 in after)
+    assert len(after) == 69
+
+
+def test_another_seed_draws_other_splits(layout: Layout) -> None:
+    index(layout, seed=0)
+    before = splits_by_content(layout)
+    index(layout, seed=1)
+    assert splits_by_content(layout) != before
+
+
+def test_a_near_duplicate_group_never_lies_in_two_splits(layout: Layout) -> None:
+    for number in range(40):
+        put(layout, f"cat/again-{number}.png", picture(number))
+        put(layout, f"dog/larger-{number}.png", picture(number, side=48))
+    index(layout)
+    frame = read_manifest(layout.images)
+    assert frame.groupby("group")["split"].nunique().max() == 1
+    assert frame["group"].nunique() < 80
+
+
+def test_blank_pages_are_no_near_duplicates_of_each_other() -> None:
+    white, grey = (image_facts(picture(0, flat=value), max_pixels=10**6) for value in (255, 128))
+    assert white.group != grey.group
+    assert white.sharpness == white.contrast == 0
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_text_whatever_they_look_like(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    labels = ["no", "1e-3", "null", "two words ", "Käfer", "たぬき", "0"]
+    for number, label in enumerate(labels):
+        put(layout, f"{label}/a.png", picture(number))
+    report = index(layout)
+    assert sorted(read_manifest(layout.images)["label"]) == sorted(labels)
+    assert sorted(report.images_per_class) == sorted(labels)
+
+
+def test_two_spellings_of_one_unicode_text_are_one_label(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    put(layout, "K\u00e4fer/a.png", picture(0))
+    put(layout, "Ka\u0308fer/b.png", picture(1))
+    put(layout, "owl/c.png", picture(2))
+    assert index(layout).num_classes == 2
+    for path in read_manifest(layout.images)["path"]:
+        assert (layout.raw / path).is_file()
+
+
+def test_what_is_no_image_by_its_name_is_left_out_and_told(layout: Layout, caplog: pytest.LogCaptureFixture) -> None:
+    for path in (".DS_Store", "cat/Thumbs.db", "cat/notes.txt", ".hidden/a.png", "__MACOSX/cat/a.png", "top.png"):
+        put(layout, path, picture(0))
+    with caplog.at_level("WARNING"):
+        report = index(layout)
+    assert (report.num_images, report.num_skipped) == (40, 6)
+    for told in (".DS_Store", "Thumbs.db", "notes.txt", ".hidden", "__MACOSX", "top.png"):
+        assert told in caplog.text
+
+
+def test_a_file_that_does_not_decode_gets_a_row_with_the_reason(layout: Layout) -> None:
+    put(layout, "cat/broken.png", picture(99)[:60])
+    put(layout, "cat/empty.jpg", b"")
+    put(layout, "cat/huge.png", picture(99, side=1001))
+    assert index(layout).num_errors == 3
+    frame = read_manifest(layout.images).set_index("path")
+    assert frame.loc["cat/empty.jpg", "error"] == "empty file"
+    assert "1001x1001" in frame.loc["cat/huge.png", "error"]
+    assert frame["error"].isna().sum() == 40
+
+
+@pytest.mark.parametrize("folder", ["train", "val", "valid", "validation", "Test"])
+def test_a_split_folder_that_holds_images_directly_is_a_class(layout: Layout, folder: str) -> None:
+    put(layout, f"{folder}/a.png", picture(99))
+    index(layout)
+    frame = read_manifest(layout.images).set_index("path")
+    assert frame.loc[f"{folder}/a.png", "label"] == folder
+    assert not frame["official_split"].any()
+
+
+def test_official_splits_are_kept(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    for number in range(60):
+        folder = ("train", "validation", "test")[number % 3]
+        put(layout, f"{folder}/{'cat' if number % 2 else 'dog'}/deep/{number}.png", picture(number))
+    report = index(layout)
+    assert report.official_splits == ["test", "train", "val"]
+    assert report.images_per_split == {"train": 20, "val": 20, "test": 20}
+    assert read_manifest(layout.images)["official_split"].all()
+
+
+def test_without_an_official_val_it_is_drawn_from_train_and_test_stays(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    for number in range(80):
+        folder = "test" if number % 4 == 0 else "train"
+        put(layout, f"{folder}/{'cat' if number % 2 else 'dog'}/{number}.png", picture(number))
+    splits = index(layout).images_per_split
+    assert splits["test"] == 20
+    assert splits["val"] > 0
+    frame = read_manifest(layout.images)
+    assert (frame["official_split"] == (frame["split"] != "val")).all()
+
+
+@pytest.mark.parametrize("files", [[], ["notes.txt"], ["cat/notes.txt", "dog/.hidden.png"]])
+def test_no_images_is_told_with_what_was_expected(tmp_path: Path, files: list[str]) -> None:
+    layout = Layout(tmp_path)
+    for path in files:
+        put(layout, path, b"text")
+    with pytest.raises(DataError, match=r"holds no images.*folder a class.*tanuki add"):
+        index(layout)
+
+
+def test_one_class_only_is_told_by_name(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    put(layout, "only cats/a.png", picture(0))
+    with pytest.raises(DataError, match=r"one class only: only cats \(1 images\)"):
+        index(layout)
+
+
+# --- caching ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_new_content_is_decoded(layout: Layout) -> None:
+    assert (index(layout).decoded, index(layout).reused) == (40, 40)
+    put(layout, "cat/new.png", picture(77))
+    (layout.raw / "cat" / "01.png").rename(layout.raw / "dog" / "renamed.png")
+    report = index(layout)
+    assert (report.decoded, report.reused) == (1, 40)
+
+
+def test_an_incremental_manifest_is_the_same_bytes_as_a_fresh_one(layout: Layout) -> None:
+    index(layout)
+    put(layout, "cat/new.png", picture(77))
+    (layout.raw / "cat" / "01.png").unlink()
+    index(layout)
+    incremental = layout.images.read_bytes()
+    layout.images.unlink()
+    index(layout)
+    assert layout.images.read_bytes() == incremental
+
+
+def test_a_picture_that_was_too_large_is_decoded_once_the_limit_allows(layout: Layout) -> None:
+    put(layout, "cat/large.png", picture(5, side=1001))
+    assert index(layout).num_errors == 1
+    raised = PARAMS.model_copy(update={"max_megapixels": 2.0})
+    assert index(layout, params=raised).num_errors == 0
+    assert index(layout).num_errors == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"no parquet at all"])
+def test_a_damaged_manifest_costs_only_time(layout: Layout, damage: bytes) -> None:
+    index(layout)
+    good = layout.images.read_bytes()
+    layout.images.write_bytes(damage)
+    assert index(layout).decoded == 40
+    assert layout.images.read_bytes() == good
+
+
+def test_facts_of_another_version_are_not_trusted(layout: Layout) -> None:
+    import pyarrow.parquet as pq
+
+    index(layout)
+    table = pq.read_table(layout.images).replace_schema_metadata({"tanuki.facts_version": "0"})
+    pq.write_table(table, layout.images)
+    assert index(layout).decoded == 40
+
+
+def test_a_killed_run_goes_on_where_it_stopped(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "SAVE_INTERVAL_S", 0.0)
+    known = stage.read_known_facts(layout.images)
+    images = stage.list_images(layout.raw).images
+    stage._all_facts(layout, images[:30], known, 10**6)  # and here the power went
+    assert not layout.images.exists()
+    assert index(layout).decoded == 10
+    assert not layout.images_partial.exists()
+
+
+# --- manifest ---------------------------------------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+ROWS = st.builds(
+    Row,
+    path=TEXT,
+    label=TEXT,
+    facts=st.builds(
+        Facts,
+        sha256=TEXT,
+        size_bytes=st.integers(0, 2**40),
+        width=st.integers(0, 2**31 - 1),
+        brightness=st.floats(0, 255, width=32),
+        error=st.none() | TEXT,
+        group=TEXT,
+    ),
+    split=st.sampled_from(SPLITS),
+    official_split=st.booleans(),
+)
+
+
+@settings(max_examples=25)
+@given(st.lists(ROWS, max_size=5, unique_by=lambda row: row.path))
+def test_a_manifest_round_trips_to_the_same_bytes(tmp_path_factory: pytest.TempPathFactory, rows: list[Row]) -> None:
+    path = tmp_path_factory.mktemp("manifest") / "images.parquet"
+    write_manifest(path, rows_to_frame(rows))
+    first = path.read_bytes()
+    frame = read_manifest(path)
+    write_manifest(path, frame.sample(frac=1, random_state=0))
+    assert path.read_bytes() == first
+    assert list(frame["path"]) == sorted(row.path for row in rows)
+    assert list(frame.columns) == SCHEMA.names
+    assert set(read_known_facts(path).values()) <= {row.facts for row in rows}
+
+
+def test_classes_are_the_sorted_labels_of_train() -> None:
+    facts = Facts(sha256="0", size_bytes=1)
+    rows = [
+        Row("a", "b", facts, "train", False),
+        Row("b", "a", facts, "train", False),
+        Row("c", "A", facts, "test", False),
+    ]
+    assert class_names(rows_to_frame(rows)) == ("a", "b")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"nonsense"])
+def test_a_missing_or_broken_manifest_is_told_with_a_remedy(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "images.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"images\.parquet.*(tanuki retrain|index_images again)"):
+        read_manifest(path)
+
+
+# --- real photos ------------------------------------------------------------------------------------------------------
+
+
+def test_the_dirt_pack_is_indexed_whole(material: Path, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    shutil.copytree(material / "dirt_pack", layout.raw / "dirt")
+    put(layout, "clean/a.png", picture(0))
+    report = index(layout, params=PARAMS.model_copy(update={"max_megapixels": 100.0}))
+    assert (report.num_images, report.num_errors, report.num_skipped) == (39, 9, 1)
