@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
@@ -250,10 +249,8 @@ def _print_json(value: Any) -> None:
 
 def _configure_logging(verbose: bool) -> None:
     """Lines of our own code to the terminal; other libraries' warnings only."""
-    handler = RichHandler(
-        console=Console(stderr=True, highlight=False, soft_wrap=True), show_path=False, show_level=False, markup=False
-    )
-    handler.setFormatter(logging.Formatter("%(message)s", datefmt="%H:%M:%S"))
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     for room in ("flows", "tasks", "deploy"):
         logger = logging.getLogger(room)
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -142,7 +142,7 @@ class Standing:
         champion = "none yet"
         if self.champion is not None:
             accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f} when it was measured"
-            champion = f"version {self.champion.id}, registered {self.champion.registered_at[:19]} UTC{accuracy}"
+            champion = f"version {self.champion.id}, registered {self.champion.registered_at[:19].replace('T', ' ')} UTC{accuracy}"
         lines = [f"Champion  {champion}", f"Data      {self.data_version or 'not under DVC yet'}"]
         if not self.would_run:
             return "\n".join([*lines, "Stages    all up to date"])
@@ -218,7 +218,7 @@ def _version_facts(version: Version | None) -> dict[str, Any] | None:
     return {
         "id": version.id,
         "digest": version.digest,
-        "registered": version.registered_at[:19],
+        "registered": version.registered_at[:19].replace("T", " "),
         "directory": str(version.directory),
     }
 

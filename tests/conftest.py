@@ -15,6 +15,13 @@ IMAGES_PER_CLASS = 40
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a workspace stay in one worker, in their order; so do those of a file."""
+    for item in items:
+        shared = "lived_in" if "lived_in" in getattr(item, "fixturenames", ()) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(shared))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY

@@ -116,14 +116,15 @@ def _from_file(path: Path, sha256: str | None) -> PretrainedWeights:
         data = path.read_bytes()
     except OSError as error:
         raise BackboneError(f"backbone.source: {path} cannot be read: {error.strerror}. Mend the path.") from error
-    _check_sha256(path.name, sha256_bytes(data), sha256)
+    digest = sha256_bytes(data)
+    _check_sha256(path.name, digest, sha256)
     weights = PretrainedWeights(_parse(data, str(path)))
     card = path.with_suffix(".json")
-    return _with_card(weights, card) if card.is_file() else weights
+    return _with_card(weights, card, digest) if card.is_file() else weights
 
 
-def _with_card(weights: PretrainedWeights, path: Path) -> PretrainedWeights:
-    """The facts of a card over the defaults."""
+def _with_card(weights: PretrainedWeights, path: Path, digest: str) -> PretrainedWeights:
+    """The facts of a card over the defaults; it must be the card of these very weights, where it says of which."""
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
         facts: dict[str, Any] = {
@@ -131,9 +132,14 @@ def _with_card(weights: PretrainedWeights, path: Path) -> PretrainedWeights:
             for key in ("architecture", "licence", "size_px", "crop_fraction")
             if card.get(key) is not None
         }
-        for key in ("mean", "std", "labels"):
+        for key in ("mean", "std", "labels", "notes"):
             if card.get(key) is not None:
                 facts[key] = tuple(card[key])
+        if card.get("sha256", digest) != digest:
+            raise BackboneError(
+                f"{path} is the card of weights with sha256 {card['sha256']}; those beside it have {digest}. "
+                "One of the two was replaced or damaged: restore both (git checkout), or make them again."
+            )
         # A card from `tanuki pretrain` without a crop means that the whole picture was seen.
         return replace(weights, **{"crop_fraction": 1.0, **facts})
     except (ValueError, TypeError, AttributeError) as error:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
 from deploy.bundle import verify_bundle
 from deploy.files import sha256_bytes, write_bytes, write_json
+from deploy.images import decode_image
 from deploy.predictor import Predictor
 from deploy.runtime import open_session
 from tasks import export_onnx
@@ -357,6 +358,30 @@ def test_a_kept_stage_is_exported_from_torch_and_carries_its_own_head(
     with torch.inference_mode():
         expected = own_head.probabilities(tuned(torch.from_numpy(pixels)).numpy())
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_real_weights_on_real_photos_stay_within_a_ten_thousandth(material: Path) -> None:
+    network = build_network("mobilenet_v2", depths=4)
+    network.load_trunk(load_file(material / "weights" / "mobilenet_v2_imagenet1k.safetensors"))
+    model = export_network(network, size_px=224, opset=OPSET)
+    preprocess = preprocessing_graph(size_px=224, crop_fraction=0.875, mean=MEAN, std=STD, opset=OPSET)
+    files = sorted((material / "datasets" / "trashnet6_dev").rglob("*.jpg"))[::100]
+    images = [decode_image(path.read_bytes()) for path in files]
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((6, network.feature_dim)).astype(np.float32)
+    head = Head(tuple("abcdef"), weight, np.zeros(6, np.float32))
+    whole = compose(preprocess, model, head.weight, head.bias)
+    sessions = [open_session(to_bytes(each)) for each in (whole, *cut_at_seam(whole))]
+
+    def reference(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        pixels = torch_preprocessing(np.ascontiguousarray(batch), 224, 0.875)
+        with torch.inference_mode():
+            return head.probabilities(network(torch.from_numpy(pixels)).numpy())
+
+    parity = measure_parity(images, reference, whole=sessions[0], front=sessions[1], back=sessions[2])
+    assert (parity.num_images, parity.top1_agreement) == (len(files), 1.0)
+    assert parity.max_probability_difference < 1e-4
 
 
 def test_a_graph_too_far_from_what_was_trained_is_not_written(workspace: Layout, params: ExportOnnxParams) -> None:

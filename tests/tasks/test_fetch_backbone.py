@@ -27,7 +27,7 @@ from tasks.errors import BackboneError
 from tasks.layout import Layout
 from tasks.models.architectures import build_network
 from tasks.models.backbone_card import read_card
-from tasks.models.weights import read_weights
+from tasks.models.weights import EMBEDDED_DIR, read_weights
 from tasks.params import Params, load_params
 
 ARCHITECTURE = "squeezenet1_1"  # few operators, so that it exports fast
@@ -224,6 +224,15 @@ def test_an_embedded_backbone_that_is_not_there_is_named() -> None:
         read("embedded:nothing")
 
 
+def test_every_embedded_backbone_fits_its_architecture() -> None:
+    names = sorted(path.stem for path in EMBEDDED_DIR.glob("*.safetensors"))
+    assert "glyphs_mobilenet_v3_small" in names
+    for name in names:
+        weights = read(f"embedded:{name}")
+        build_network(weights.architecture, depths=1).load_trunk(weights.state)
+        assert weights.licence
+
+
 def test_the_card_beside_a_file_gives_its_preprocessing(weights_file: Path, tmp_path: Path) -> None:
     copy = tmp_path / "own.safetensors"
     copy.write_bytes(weights_file.read_bytes())
@@ -232,6 +241,9 @@ def test_the_card_beside_a_file_gives_its_preprocessing(weights_file: Path, tmp_
     weights = read(f"file:{copy}")
     assert (weights.architecture, weights.size_px, weights.crop_fraction) == (ARCHITECTURE, 64, 1.0)
     assert (weights.mean, weights.licence) == ((0.5, 0.5, 0.5), "Apache-2.0")
+    copy.with_suffix(".json").write_text(json.dumps(card | {"sha256": "0" * 64}))
+    with pytest.raises(BackboneError, match="card of weights with sha256 0000"):
+        read(f"file:{copy}")
     copy.with_suffix(".json").write_text("{")
     with pytest.raises(BackboneError, match="card beside the weights"):
         read(f"file:{copy}")

@@ -415,9 +415,10 @@ def test_training_is_the_same_whether_activations_are_kept_or_computed_again(lay
     assert [kept.stages[0].boundary, computed.stages[0].boundary] == ["cached", "recomputed"]
     assert computed.stages[0].val_nll_after == pytest.approx(kept.stages[0].val_nll_after, rel=0.02)
     start = load_file(layout.backbone_weights)
-    apart = sum(float((weights[name] - again[name]).abs().sum()) for name in start)
-    moved = sum(float((weights[name] - start[name]).abs().sum()) for name in start)
-    assert apart < 0.05 * moved
+    moves = [torch.cat([(each[name] - start[name]).flatten() for name in start]) for each in (weights, again)]
+    assert (
+        torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.9
+    )  # AdamW turns small gradients' noise into full steps
 
 
 def test_too_few_validation_images_or_switched_off_means_no_stage(layout: Layout, repository: Path) -> None:

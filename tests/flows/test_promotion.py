@@ -1,0 +1,141 @@
+"""What becomes of a bundle: each outcome of the gate with its consequence, on real bundles that tell colours apart."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deploy.bundle import read_bundle
+from deploy.files import sha256_bytes, write_json
+from deploy.predictor import Predictor
+from deploy.registry import Registry
+from flows import promotion, reports
+from tasks.layout import Layout
+from tests.conftest import Workspace
+from tests.deploy.tiny_bundle import LABELS, colour_image, encoded, write_colour_bundle
+
+GOOD, SHARPER, WRONG = 8.0, 9.0, -8.0
+IMAGES_PER_CLASS = 60
+
+
+@pytest.fixture
+def layout(workspace: Workspace) -> Layout:
+    """A workspace with test images of three colours."""
+    layout = Layout(workspace.root)
+    for label in LABELS:
+        for index in range(IMAGES_PER_CLASS):
+            path = layout.raw / label / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(colour_image(label, seed=index)))
+    return layout
+
+
+def evaluated(layout: Layout, sharpness: float) -> None:
+    """The workspace as `evaluate` leaves it for a bundle of that sharpness."""
+    bundle = write_colour_bundle(layout.bundle_dir, sharpness=sharpness)
+    paths = sorted(path.relative_to(layout.raw).as_posix() for path in layout.raw.rglob("*.png"))
+    with Predictor(bundle) as predictor:
+        probabilities = predictor.score_files([layout.raw / path for path in paths]).probabilities
+    labels = [Path(path).parts[0] for path in paths]
+    layout.predictions.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"path": paths, "label": labels, "probabilities": list(probabilities)}), layout.predictions)
+    layout.model_card.write_text("# A model of colours")
+    accuracy = float(
+        np.mean([bundle.labels[row.argmax()] == label for row, label in zip(probabilities, labels, strict=True)])
+    )
+    write_json(layout.report("evaluate"), {"accuracy": accuracy, "test_digest": sha256_bytes("".join(paths).encode())})
+
+
+def champion(layout: Layout) -> int | None:
+    now = Registry(layout.registry_dir).champion()
+    return None if now is None else now.id
+
+
+def test_the_first_model_is_promoted(layout: Layout) -> None:
+    evaluated(layout, GOOD)
+    assert not promotion.is_judged(layout, promote=True)
+    verdict = promotion.judge(layout, promote=True)
+    assert (verdict.outcome, verdict.version, verdict.compared_with, verdict.champion) == ("first", 1, None, 1)
+    assert promotion.is_judged(layout, promote=True)
+
+
+def test_a_better_model_takes_over_and_a_worse_one_changes_nothing(layout: Layout) -> None:
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True)
+    evaluated(layout, GOOD)
+    better = promotion.judge(layout, promote=True)
+    assert (better.outcome, better.champion) == ("promote", 2)
+    served = {
+        path: path.read_bytes()
+        for path in Registry(layout.registry_dir).version(2).directory.rglob("*")
+        if path.is_file()
+    }
+    evaluated(layout, WRONG)
+    worse = promotion.judge(layout, promote=True)
+    assert (worse.version, worse.outcome, worse.champion) == (1, "refuse", 2)
+    assert all(path.read_bytes() == data for path, data in served.items())
+
+
+def test_a_tie_changes_nothing(layout: Layout) -> None:
+    evaluated(layout, GOOD)
+    promotion.judge(layout, promote=True)
+    evaluated(layout, SHARPER)
+    tie = promotion.judge(layout, promote=True)
+    assert (tie.outcome, tie.version, tie.champion) == ("refuse", 2, 1)
+    assert "nothing" in " ".join(tie.reasons).lower()
+
+
+def test_judging_the_same_again_changes_nothing(layout: Layout) -> None:
+    evaluated(layout, GOOD)
+    promotion.judge(layout, promote=True)
+    evaluated(layout, WRONG)
+    first = promotion.judge(layout, promote=True)
+    events = len(Registry(layout.registry_dir).events())
+    assert promotion.judge(layout, promote=True).outcome == first.outcome
+    assert len(Registry(layout.registry_dir).events()) == events
+
+
+def test_without_promotion_the_decision_has_no_consequence(layout: Layout) -> None:
+    evaluated(layout, GOOD)
+    verdict = promotion.judge(layout, promote=False)
+    assert (verdict.outcome, verdict.champion) == ("first", None)
+    assert champion(layout) is None
+
+
+def test_a_forced_promotion_is_audited_and_a_rollback_undoes_it(layout: Layout) -> None:
+    evaluated(layout, GOOD)
+    promotion.judge(layout, promote=True)
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True)
+    promotion.force(layout, 2, reason="a demonstration")
+    assert champion(layout) == 2
+    assert promotion.is_judged(layout, promote=True)
+    promotion.roll_back(layout, reason="it was wrong")
+    assert champion(layout) == 1
+    told = reports.version_lineage(layout, 2)
+    assert [event["reason"] for event in told["events"] if event["kind"] == "forced"] == ["a demonstration"]
+    assert told["decision"]["outcome"] == "refuse"
+
+
+def test_the_list_of_versions_tells_accuracy_and_what_was_said(layout: Layout) -> None:
+    evaluated(layout, GOOD)
+    promotion.judge(layout, promote=True)
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True)
+    rows = reports.version_rows(layout)
+    assert [(row["id"], row["champion"], row["accuracy"], row["decision"]) for row in rows] == [
+        (1, True, 1.0, "promoted"),
+        (2, False, 0.0, "refused"),
+    ]
+
+
+def test_what_is_registered_stays_when_the_workspace_goes_on(layout: Layout) -> None:
+    evaluated(layout, GOOD)
+    promotion.judge(layout, promote=True)
+    digest = read_bundle(layout.bundle_dir).digest
+    evaluated(layout, WRONG)
+    assert Registry(layout.registry_dir).bundle(1).digest == digest
+    assert json.loads((layout.registry_dir / "champion.json").read_text())["version"] == 1
