@@ -52,22 +52,29 @@ def downstream(stages: tuple[Stage, ...], changed: set[str]) -> tuple[str, ...]:
 
 
 def mermaid(stages: tuple[Stage, ...]) -> str:
-    """The stages and the data they start from as a Mermaid flowchart, for the README."""
+    """The stages and the data they start from as a Mermaid flowchart, for the README; the shortest that says it all."""
     lines = [
         "flowchart LR",
         "    raw[(data/raw)] --> index_images",
         "    weights[(pretrained weights)] --> fetch_backbone",
     ]
     for stage in stages:
-        lines += [f"    {other.name} --> {stage.name}" for other in stages if other != stage and _reads(stage, other)]
+        sources = [other for other in stages if other != stage and _reads(stage, other)]
+        implied = {name for source in sources for name in _upstream(stages, source)}
+        lines += [f"    {source.name} --> {stage.name}" for source in sources if source.name not in implied]
     lines += [
-        "    export_onnx --> gate{gate}",
-        "    evaluate --> gate",
+        "    evaluate --> gate{gate}",
         "    gate -- better --> champion[(registry: champion)]",
         "    gate -. not better .-> refused[refused, with reasons]",
         "    champion --> serve([predict and serve])",
     ]
     return "\n".join(lines)
+
+
+def _upstream(stages: tuple[Stage, ...], stage: Stage) -> set[str]:
+    """The names of all stages that a stage reads from, directly or not."""
+    sources = [other for other in stages if other != stage and _reads(stage, other)]
+    return {source.name for source in sources}.union(*(_upstream(stages, source) for source in sources))
 
 
 def _stage(name: str, spec: dict[str, Any]) -> Stage:

@@ -96,9 +96,7 @@ class Summary:
         for key, name in names.items():
             share = found[key]
             if share is None:
-                lines.append(
-                    _wrapped(f"             {name:<17} ", f"not kept: {self.reports['evaluate']['finetuned_reason']}")
-                )
+                lines.append(_wrapped(f"             {name:<17} ", f"none: {_why_not_finetuned(self.reports)}"))
             else:
                 interval = f"{share['accuracy_low']:.4f} to {share['accuracy_high']:.4f}"
                 lines.append(f"             {name:<17} {share['accuracy']:.4f}  ({interval})")
@@ -142,7 +140,7 @@ class Standing:
         champion = "none yet"
         if self.champion is not None:
             accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f} when it was measured"
-            champion = f"version {self.champion.id}, registered {self.champion.registered_at[:19].replace('T', ' ')} UTC{accuracy}"
+            champion = f"version {self.champion.id}, registered {_minute(self.champion)} UTC{accuracy}"
         lines = [f"Champion  {champion}", f"Data      {self.data_version or 'not under DVC yet'}"]
         if not self.would_run:
             return "\n".join([*lines, "Stages    all up to date"])
@@ -218,9 +216,22 @@ def _version_facts(version: Version | None) -> dict[str, Any] | None:
     return {
         "id": version.id,
         "digest": version.digest,
-        "registered": version.registered_at[:19].replace("T", " "),
+        "registered": _minute(version),
         "directory": str(version.directory),
     }
+
+
+def _why_not_finetuned(reports: dict[str, Any]) -> str:
+    """What the validation images said of the first stage that was tried, or why none was."""
+    tried = [stage for stage in reports["finetune"]["stages"] if stage["val_nll_after"] is not None]
+    if not tried:
+        return str(reports["evaluate"]["finetuned_reason"])
+    before, after = tried[0]["val_nll_before"], tried[0]["val_nll_after"]
+    return f"stage {tried[0]['name']} was dropped, validation NLL {before:.4f} before and {after:.4f} after"
+
+
+def _minute(version: Version) -> str:
+    return version.registered_at[:16].replace("T", " ")
 
 
 def _accuracy(registry: Registry, version: Version) -> float | None:

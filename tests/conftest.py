@@ -1,11 +1,14 @@
 """What all tests share."""
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +16,6 @@ import pytest
 
 IMAGES_PER_CLASS = 40
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a workspace stay in one worker, in their order; so do those of a file."""
-    for item in items:
-        shared = "lived_in" if "lived_in" in getattr(item, "fixturenames", ()) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(shared))
 
 
 @pytest.fixture(scope="session")
@@ -168,11 +164,34 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def lived_in(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path, digits: Path) -> Workspace:
-    """A workspace with the digits added; tests/end_to_end/test_retrain.py lives in it."""
-    return prepared(tmp_path_factory.mktemp("flow") / "workspace", prefect_home, digits)
+    """A workspace with the digits added, one for all workers of a run; tests/end_to_end/test_retrain.py lives in it."""
+    root = shared_folder(tmp_path_factory) / "lived_in" / "workspace"
+    with alone(root.parent):
+        if not (root / "data" / "raw.dvc").is_file():
+            return prepared(root, prefect_home, digits)
+    return Workspace(root, prefect_home)
 
 
 @pytest.fixture(scope="session")
 def first_retrain(lived_in: Workspace) -> dict:
     """The summary of the first retrain in ``lived_in``; its bundle is version 1 of the registry, for good."""
-    return json.loads(lived_in.tanuki("retrain", "--json").stdout)
+    told = lived_in.root.parent / "first_retrain.json"
+    with alone(told.parent):
+        if not told.is_file():
+            told.write_text(lived_in.tanuki("retrain", "--json").stdout)
+    return json.loads(told.read_text())
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run see."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps the other workers of this run out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -185,6 +185,14 @@ def select_characters(max_similarity: float, max_characters: int) -> list[Charac
         max_similarity: Cosine of two blurred thumbnails above which two shapes are the same, in 0..1.
         max_characters: Keep at most this many, spread evenly over all; 0 keeps all.
     """
+    kept = _distinct_characters(max_similarity)
+    if not 0 < max_characters < len(kept):
+        return list(kept)
+    return [kept[index * len(kept) // max_characters] for index in range(max_characters)]
+
+
+@cache
+def _distinct_characters(max_similarity: float) -> tuple[Character, ...]:
     written: dict[str, list[int]] = {}
     for code_point in sorted(frozenset().union(*(font_code_points(font) for font in UNICODE_FONTS))):
         base = base_character(code_point)
@@ -194,10 +202,7 @@ def select_characters(max_similarity: float, max_characters: int) -> list[Charac
     digit_shapes = [
         shape for font in UNICODE_FONTS for digit in DIGITS if (shape := _shape(ord(digit), font)) is not None
     ]
-    kept = _drop_similar(characters, digit_shapes, max_similarity)
-    if not 0 < max_characters < len(kept):
-        return kept
-    return [kept[index * len(kept) // max_characters] for index in range(max_characters)]
+    return tuple(_drop_similar(characters, digit_shapes, max_similarity))
 
 
 def _drop_similar(

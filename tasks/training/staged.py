@@ -313,11 +313,14 @@ class _Stage:
         length = tuner.pace.length
         picks = len(self.val.labels) >= MIN_IMAGES_TO_PICK_EPOCHS
         best_nll, best, first = math.inf, dict[str, Tensor](), 0
+        kept = _kept_tensors(
+            self.network, self.head
+        )  # before anything moves: what a stage that is dropped goes back to
         if resumed:
-            first, best_nll = resumed.position["epoch"], resumed.position["best_nll"] or math.inf
+            first = resumed.position["epoch"]
+            best_nll = resumed.position["best_nll"] if picks else math.inf
             best = without_prefix("best", resumed.tensors)
             tuner.restore(resumed.tensors, resumed.position["step"])
-        kept = _kept_tensors(self.network, self.head)
         for epoch in range(first, length.epochs):
             began = time.perf_counter()
             batches = self._batches(source, epoch)[: length.steps - tuner.step]

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import logging
 import math
 import shutil
 import signal
@@ -472,6 +473,43 @@ def test_other_weights_than_the_cards_are_refused(layout: Layout, repository: Pa
 
 
 # Killed and run again
+
+
+class InterruptAtSecondEpoch(logging.Handler):
+    """Ctrl-C, each time a run comes to the end of its second epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "train loss" in record.getMessage():
+            self.epochs += 1
+            if self.epochs == 2:
+                raise KeyboardInterrupt
+
+
+def test_a_run_interrupted_at_every_epoch_gives_the_same_bytes(
+    layout: Layout, repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="tasks")
+    whole = run(layout, repository)
+    expected = {path.name: path.read_bytes() for path in layout.finetuned_dir.iterdir()}
+    logger = logging.getLogger("tasks.training.staged")
+    report, interruptions = None, 0
+    while report is None:
+        handler = InterruptAtSecondEpoch()
+        logger.addHandler(handler)
+        try:
+            report = run(layout, repository)
+        except KeyboardInterrupt:
+            interruptions += 1
+        finally:
+            logger.removeHandler(handler)
+    assert interruptions == sum(record.epochs for record in whole.stages) - 1
+    assert report == whole
+    assert {path.name: path.read_bytes() for path in layout.finetuned_dir.iterdir()} == expected
+
 
 BOTH = """
 import shutil, sys

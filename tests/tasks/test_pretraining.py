@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks.transfer import EMBEDDED, draw_labelled, extract, load, probe, raw_pixels
+from benchmarks.transfer import EMBEDDED, Digits, Floats, draw_labelled, extract, load, probe, raw_pixels
 from deploy.files import sha256_file
 from tasks import pretrain
 from tasks.errors import DataError
@@ -32,6 +32,8 @@ from tasks.pretraining.glyphs import (
 )
 from tasks.pretraining.train import HEAD_NAMES, TrainingRecipe, ahead, build_model, train
 
+pytestmark = pytest.mark.xdist_group("pretraining")  # one worker: the fixtures cost more than the tests
+
 NAME = "glyphs_mobilenet_v3_small"
 
 
@@ -47,6 +49,13 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def atlas() -> GlyphAtlas:
     return build_atlas(seed=0, max_characters=12, num_invented=4, hands_per_invented=6, max_similarity=0.9)
+
+
+@pytest.fixture(scope="module")
+def digits_and_features() -> tuple[Digits, Floats]:
+    weights = read_weights(EMBEDDED, root=Path(), sha256=None)
+    digits = load(weights)
+    return digits, extract(weights, digits.pictures, depths=4)
 
 
 def glyph_source(atlas: GlyphAtlas, *, seed: int = 0, images: int = 64) -> GlyphSource:
@@ -211,12 +220,12 @@ def test_the_committed_weights_fit_torchvision_exactly_and_are_what_their_card_s
     assert {key.split(".")[0] for key in missing} <= set(HEAD_NAMES)
 
 
-@pytest.mark.parametrize(("per_class", "margin"), [(1, 0.05), (3, 0.04), (10, 0.02)])
-def test_the_embedded_backbone_beats_raw_pixels_on_digits_it_never_saw(per_class: int, margin: float) -> None:
-    weights = read_weights(EMBEDDED, root=Path(), sha256=None)
-    digits = load(weights)
-    features = extract(weights, digits.pictures, depths=4)
-    splits = [draw_labelled(digits.labels, per_class, seed) for seed in range(5)]
+@pytest.mark.parametrize(("per_class", "margin"), [(1, 0.08), (3, 0.06), (10, 0.03)])
+def test_the_embedded_backbone_beats_raw_pixels_on_digits_it_never_saw(
+    digits_and_features: tuple[Digits, Floats], per_class: int, margin: float
+) -> None:
+    digits, features = digits_and_features
+    splits = [draw_labelled(digits.labels, per_class, seed) for seed in range(3)]
     probed = np.mean([probe(features, digits.labels, *split) for split in splits])
     raw = np.mean([raw_pixels(digits, *split) for split in splits])
     assert probed > raw + margin
