@@ -183,7 +183,8 @@ def version_rows(layout: Layout) -> list[dict[str, Any]]:
 
 def version_lineage(layout: Layout, version: int) -> dict[str, Any]:
     """Where a version comes from and what happened to it: all that the registry holds of it."""
-    told = Registry(layout.registry_dir).lineage(version)
+    registry = Registry(layout.registry_dir)
+    told = registry.lineage(registry.version(version).id)
     decisions = [event["decision"] for event in told["events"] if event["decision"]]
     facts = {name: value for name, value in told.items() if name not in ("lineage", "events")}
     return {**facts, **told["lineage"], "decision": decisions[-1] if decisions else None, "events": told["events"]}

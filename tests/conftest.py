@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+# Several workers share the cores: torch's threads must wait for each other asleep, not spinning.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 IMAGES_PER_CLASS = 40
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -246,7 +246,7 @@ def pixel_source(layout: Layout, num: int, views: tuple[str, ...]) -> PixelSourc
     )
 
 
-@pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "swin_t"])
+@pytest.mark.parametrize("architecture", ["mobilenet_v3_small", pytest.param("swin_t", marks=pytest.mark.slow)])
 def test_kept_and_recomputed_activations_agree(layout: Layout, tmp_path: Path, architecture: str) -> None:
     network = small_network(architecture)
     group = network.num_groups - 1
@@ -408,6 +408,7 @@ def test_the_frozen_digest_sees_a_moved_weight_and_a_moved_statistic() -> None:
     assert frozen_digest(network, top) != before
 
 
+@pytest.mark.slow
 def test_training_is_the_same_whether_activations_are_kept_or_computed_again(layout: Layout, repository: Path) -> None:
     kept = run(layout, repository, stages=("top",))
     weights = load_file(layout.finetuned_dir / "network.safetensors")
@@ -489,6 +490,7 @@ class InterruptAtSecondEpoch(logging.Handler):
                 raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_at_every_epoch_gives_the_same_bytes(
     layout: Layout, repository: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
