@@ -32,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out = Console(highlight=False, soft_wrap=True)
+asides = Console(stderr=True, highlight=False, soft_wrap=True)  # what must not stand in a script's JSON
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the registry's history.")]
@@ -94,7 +95,7 @@ def retrain(
             summary = reports.summarise(layout, stages=(), verdict=None)
             _print_json(summary.as_dict()) if as_json else out.print(summary.text())
             return
-    out.print("Starting Prefect and the pipeline ...", style="dim")
+    asides.print("Starting Prefect and the pipeline ...", style="dim")
     from flows.retrain import retrain as retrain_flow
 
     done = retrain_flow(layout.root, promote=promote)
@@ -193,7 +194,7 @@ def lineage(context: typer.Context, version: VersionId) -> None:
 def pretrain(context: typer.Context, as_json: Json = False) -> None:
     """Train a backbone on a larger, related set, as the section pretrain of params.yaml says."""
     layout = find_workspace(context.obj)
-    out.print("Starting Prefect and the training ...", style="dim")
+    asides.print("Starting Prefect and the training ...", style="dim")
     from flows.pretrain import pretrain as pretrain_flow
 
     made = pretrain_flow(layout.root)
@@ -278,7 +279,7 @@ def _lay_out_sample(layout: Layout) -> None:
 
     number = lay_out_sample(layout.raw)
     track_raw(layout)
-    out.print(f"{number} handwritten digits are in {os.path.relpath(layout.raw)}, tracked by DVC.")
+    asides.print(f"{number} handwritten digits are in {os.path.relpath(layout.raw)}, tracked by DVC.")
 
 
 def _tell_added(report: "AddReport") -> None:
