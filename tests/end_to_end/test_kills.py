@@ -27,8 +27,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path, digit
     return workspace, (workspace.root / MODEL).read_bytes()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-@pytest.mark.parametrize("stage", STAGES)
+CUTS = [(stage, signal.SIGKILL) for stage in STAGES] + [
+    (stage, signal.SIGINT) for stage in ("cache_features", "finetune")
+]
+
+
+@pytest.mark.parametrize(("stage", "how"), CUTS, ids=[f"{how.name}-{stage}" for stage, how in CUTS])
 def test_a_stage_cut_short_loses_nothing(finished: tuple[Workspace, bytes], stage: str, how: signal.Signals) -> None:
     workspace, model = finished
     delay_s = random.Random(f"{stage} {how}").uniform(0, 3)

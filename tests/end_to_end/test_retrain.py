@@ -81,17 +81,18 @@ def test_dvc_repro_in_another_clone_gives_the_same_bytes(
     model = Path("data") / "bundle" / "model.onnx"
     assert (other.root / model).read_bytes() == (lived_in.root / model).read_bytes()
     mine, theirs = locked_outputs(lived_in), locked_outputs(other)
-    # Data Docs tell the time of the run.
-    assert {path: md5 for path, md5 in theirs.items() if path != "data/reports/validation"} == {
-        path: md5 for path, md5 in mine.items() if path != "data/reports/validation"
-    }
+    for tells_the_time in ("data/reports/validation", "data/reports/evaluation/latency.json"):
+        mine.pop(tells_the_time)
+        theirs.pop(tells_the_time)
+    assert theirs == mine
 
 
 def test_dvcs_own_commands_work_on_it(lived_in: Workspace, first_retrain: dict) -> None:
     lived_in.run("git", "add", "--all")
     lived_in.run("git", "commit", "--quiet", "--message", "First model")
     assert "accuracy" in lived_in.dvc("metrics", "show").stdout
-    assert "finetune-->export_onnx" in lived_in.dvc("dag", "--mermaid").stdout.replace(" ", "") or lived_in.dvc("dag")
+    drawn = lived_in.dvc("dag", "--mermaid").stdout
+    assert all(stage["stage"] in drawn for stage in first_retrain["stages"])
     lived_in.dvc("plots", "show", "--out", "plots")
     assert "vega" in (lived_in.root / "plots" / "index.html").read_text()
     lived_in.set_param("seed", 1)
@@ -124,7 +125,7 @@ def test_more_images_cost_only_themselves(lived_in: Workspace, first_retrain: di
     summary = json.loads(lived_in.tanuki("retrain", "--json").stdout)
     assert report(lived_in, "index_images")["decoded"] == number
     features = report(lived_in, "cache_features")
-    assert 0 < features["extracted"] <= number * features["views"]
+    assert 0 < features["extracted"] <= number * len(features["views"])
     outcomes = {stage["stage"]: stage["outcome"] for stage in summary["stages"]}
     assert outcomes["fetch_backbone"] == "up to date"
     assert outcomes["train_head"] == "ran"
