@@ -168,4 +168,4 @@ def test_a_second_retrain_while_one_runs_is_told_so_and_a_killed_one_loses_nothi
     champion = json.loads(lived_in.tanuki("status", "--json").stdout)["champion"]
     assert champion["id"] == 1
     after = json.loads(lived_in.tanuki("retrain", "--json").stdout)
-    assert {stage["stage"]: stage["outcome"] for stage in after["stages"]}["evaluate"] == "ran"
+    assert {stage["stage"]: stage["outcome"] for stage in after["stages"]}["finetune"] == "ran"
