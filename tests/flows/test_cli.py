@@ -86,6 +86,7 @@ def test_a_busy_workspace_names_who_holds_it(workspace: Workspace) -> None:
         file.write("`tanuki retrain` (process 1)")
         file.flush()
         assert "`tanuki retrain` (process 1)" in paragraph(workspace.tanuki("sample", check=False))
+    workspace.tanuki("sample")
 
 
 def test_the_doctor_finds_a_healthy_machine_healthy_and_a_missing_identity_worth_a_word(workspace: Workspace) -> None:
