@@ -31,8 +31,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from tasks.models.architectures import build_network
+from tasks.models.depthwise import use_fast_depthwise
 from tasks.models.weights import PretrainedWeights, read_weights
-from tasks.pretraining.depthwise import use_fast_depthwise
 from tasks.pretraining.train import build_model
 from tasks.training.linear_probe import FALLBACK_LOG10_C
 

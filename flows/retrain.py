@@ -5,7 +5,6 @@ its trouble may pass; the others are functions of what lies on the disk, and doi
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ HOUR_S = 3600.0
 
 logger = logging.getLogger(__name__)
 
-StageTask = Callable[[Layout], State[StageRun]]
+StageTask = Task[[Layout], State[StageRun]]
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,12 @@ def retrain(root: Path | str = ".", promote: bool = True) -> Retrained:
     layout = find_workspace(Path(root))
     with exclusive(layout, "retrain"):
         track_raw(layout)
+        backbone = fetch_backbone.submit(layout)  # beside the two that read no weights
+        data = [index_images(layout), validate_data(layout)]
+        backbone.wait()
         states = [
-            fetch_backbone(layout),
-            index_images(layout),
-            validate_data(layout),
+            backbone.state,
+            *data,
             cache_features(layout),
             train_head(layout),
             finetune(layout),

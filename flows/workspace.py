@@ -206,7 +206,7 @@ def reproduce(layout: Layout, stage: str, *, timeout_s: float) -> StageRun:
         StageError: If the stage stopped; the message is the stage's own.
     """
     start = time.perf_counter()
-    lines = _stream(layout, stage, ["dvc", "repro", "--single-item", stage], timeout_s)
+    lines = _stream(layout, stage, ["dvc", "--wait-for-lock", "repro", "--single-item", stage], timeout_s)
     outcome: Literal["ran", "up to date", "restored"] = "ran"
     if any("didn't change, skipping" in line for line in lines):
         outcome = "up to date"

@@ -30,6 +30,7 @@ from tasks.errors import BackboneError
 from tasks.export.preprocessing import preprocessing_graph
 from tasks.models.architectures import Network, build_network
 from tasks.models.backbone_card import BackboneCard, read_card
+from tasks.models.depthwise import use_fast_depthwise
 from tasks.models.head import CARD_NAME, WEIGHTS_NAME, Head, read_head, write_head
 from tasks.training.augmented import PixelSource
 from tasks.training.checkpoint import CheckpointFile
@@ -183,6 +184,7 @@ def _load_network(layout: Layout, card: BackboneCard) -> Network:
         )
     network = build_network(card.architecture, depths=card.depths)
     network.load_trunk(load_file(layout.backbone_weights))
+    use_fast_depthwise(network.trunk)
     return network
 
 

@@ -74,8 +74,8 @@ def test_flows_use_of_tasks_only_what_needs_no_torch(imports) -> None:
 def test_the_flow_runs_the_stages_in_the_order_of_dvc_yaml(repository: Path) -> None:
     tree = ast.parse((repository / "flows" / "retrain.py").read_text())
     flow = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "retrain")
-    calls = [node.func.id for node in ast.walk(flow) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    chain = [name for name in calls if name in STAGES]
+    names = [node for node in ast.walk(flow) if isinstance(node, ast.Name) and node.id in STAGES]
+    chain = [node.id for node in sorted(names, key=lambda node: (node.lineno, node.col_offset))]
     assert chain == [stage.name for stage in read_stages(repository / "dvc.yaml")] == list(STAGES)
 
 

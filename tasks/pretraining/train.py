@@ -23,7 +23,7 @@ import torchvision
 from torch import nn
 
 from deploy.files import sha256_bytes
-from tasks.pretraining.depthwise import use_fast_depthwise
+from tasks.models.depthwise import use_fast_depthwise
 from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from deploy.files import sha256_file
 from tasks import pretrain
 from tasks.errors import DataError
 from tasks.layout import Layout
+from tasks.models.depthwise import use_fast_depthwise
 from tasks.models.weights import EMBEDDED_DIR, read_weights
 from tasks.params import PretrainParams, load_params
-from tasks.pretraining.depthwise import use_fast_depthwise
 from tasks.pretraining.folders import folder_source
 from tasks.pretraining.glyphs import (
     UNICODE_FONTS,

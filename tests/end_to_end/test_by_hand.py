@@ -1,0 +1,19 @@
+"""`dvc repro` by hand, in another clone, comes to the bytes of the flow."""
+
+from pathlib import Path
+
+from tests.conftest import Workspace, locked_outputs, prepared
+
+
+def test_dvc_repro_in_another_clone_gives_the_same_bytes(
+    lived_in: Workspace, first_retrain: dict, tmp_path: Path, prefect_home: Path, digits: Path
+) -> None:
+    other = prepared(tmp_path / "elsewhere" / "another clone", prefect_home, digits)
+    other.dvc("repro")
+    kept = lived_in.root.parent
+    assert (other.root / "data" / "bundle" / "model.onnx").read_bytes() == (kept / "model.onnx").read_bytes()
+    mine, theirs = locked_outputs(kept / "dvc.lock"), locked_outputs(other.root / "dvc.lock")
+    for tells_the_time in ("data/reports/validation", "data/reports/evaluation/latency.json"):
+        mine.pop(tells_the_time)
+        theirs.pop(tells_the_time)
+    assert theirs == mine
