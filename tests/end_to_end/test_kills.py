@@ -27,9 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path, digit
     return workspace, (workspace.root / MODEL).read_bytes()
 
 
-CUTS = [(stage, signal.SIGKILL) for stage in STAGES] + [
-    (stage, signal.SIGINT) for stage in ("cache_features", "finetune")
-]
+CUTS = [(stage, how) for stage in STAGES for how in (signal.SIGKILL, signal.SIGINT)]
 
 
 @pytest.mark.parametrize(("stage", "how"), CUTS, ids=[f"{how.name}-{stage}" for stage, how in CUTS])
