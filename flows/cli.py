@@ -191,6 +191,23 @@ def lineage(context: typer.Context, version: VersionId) -> None:
 
 
 @app.command()
+def suspects(
+    context: typer.Context,
+    top: Annotated[int, typer.Option(help="How many to show.", min=1)] = 20,
+    as_json: Json = False,
+) -> None:
+    """List the images whose label is probably wrong, with a picture of them; needs the features of a retrain."""
+    from flows.suspects import find_suspects, suspects_text
+
+    layout = find_workspace(context.obj)
+    found = find_suspects(layout)
+    if as_json:
+        _print_json([asdict(suspect) for suspect in found])
+    else:
+        out.print(escape(suspects_text(layout, found, top=top)))
+
+
+@app.command()
 def pretrain(context: typer.Context, as_json: Json = False) -> None:
     """Train a backbone on a larger, related set, as the section pretrain of params.yaml says."""
     layout = find_workspace(context.obj)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 
 from deploy.errors import TanukiError
+from flows.dvc_files import is_torn, keep_lock, mend
 from flows.graph import downstream, read_stages
 from tasks.layout import Layout
 
@@ -96,6 +97,8 @@ def _require_repositories(folder: Path) -> None:
 def exclusive(layout: Layout, what: str) -> Iterator[None]:
     """Holds the workspace's lock; the kernel lets go of it when this process and the DVC it started are gone.
 
+    Whoever gets it mends first what a killed DVC left half written.
+
     Raises:
         WorkspaceError: If another process holds it; says which.
     """
@@ -114,6 +117,7 @@ def exclusive(layout: Layout, what: str) -> Iterator[None]:
         file.write(f"`tanuki {what}` (process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
         file.flush()
         os.set_inheritable(file.fileno(), True)
+        mend(layout)
         yield
 
 
@@ -177,6 +181,9 @@ def stale_stages(layout: Layout) -> dict[str, list[str]]:
 
     A stage that only waits for an earlier one has the reason that an earlier one runs.
     """
+    if is_torn(layout):
+        with exclusive(layout, "status"):
+            pass  # mended now, or busy writing
     told: dict[str, Any] = json.loads(dvc(layout, "status", "--json") or "{}")
     reasons = {name: _reasons(changes) for name, changes in told.items() if not name.endswith(".dvc")}
     if any(name.endswith(".dvc") for name in told):
@@ -212,6 +219,7 @@ def reproduce(layout: Layout, stage: str, *, timeout_s: float) -> StageRun:
         outcome = "up to date"
     elif any("is cached - skipping run" in line for line in lines):
         outcome = "restored"
+    keep_lock(layout)
     return StageRun(stage, outcome, time.perf_counter() - start)
 
 
@@ -307,8 +315,7 @@ def data_version(layout: Layout) -> str | None:
 
 
 def _locked_outputs(layout: Layout) -> dict[str, str]:
-    lock = layout.root / "dvc.lock"
-    if not lock.is_file():
+    if not layout.dvc_lock.is_file():
         return {}
-    stages = YAML(typ="safe", pure=True).load(lock.read_text(encoding="utf-8"))["stages"]
+    stages = YAML(typ="safe", pure=True).load(layout.dvc_lock.read_text(encoding="utf-8"))["stages"]
     return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", ())}

@@ -29,7 +29,7 @@ STAGES = (
     "evaluate",
 )
 
-RECIPES = ("pretrain",)
+RECIPES = ("pretrain", "suspects")
 """Run the same way, but no stage of the pipeline."""
 
 TEMPORARY_FAILURE = 75

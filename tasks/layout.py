@@ -128,9 +128,29 @@ class Layout:
         return self.evaluation_dir / "model_card.md"
 
     @property
+    def suspects(self) -> Path:
+        """path,label,suggested,... of images whose label is probably wrong, the most probable first; no DVC output."""
+        return self.reports_dir / "suspects" / "suspects.csv"
+
+    @property
+    def suspects_sheet(self) -> Path:
+        """A picture of them."""
+        return self.reports_dir / "suspects" / "suspects.png"
+
+    @property
     def registry_dir(self) -> Path:
         """Immutable model versions and the champion pointer. DVC never touches it."""
         return self.data / "registry"
+
+    @property
+    def dvc_lock(self) -> Path:
+        """DVC's record of what each stage read and wrote."""
+        return self.root / "dvc.lock"
+
+    @property
+    def dvc_lock_copy(self) -> Path:
+        """The last whole one."""
+        return self.root / ".dvc" / "tmp" / "tanuki-dvc.lock"
 
     @property
     def lock(self) -> Path:

@@ -8,7 +8,7 @@ The path ends early where the NLL has clearly risen again.
 Fits use all views of an image and are judged on its centre view, which is what will be served. Centring, the scalar
 scale and the basis come from all training rows: the bias is free and the basis does not move the optimum, so no fold
 learns anything from them. One BLAS thread a fit, folds side by side: the result does not hang on the number of cores.
-Called by tasks.train_head. No torch.
+Called by tasks.train_head and tasks.suspects. No torch.
 """
 
 import logging
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from deploy.machine import available_cores
@@ -163,6 +164,47 @@ def fit_probe(
         num_iterations=fit.num_iterations,
         converged=fit.converged,
     )
+
+
+def out_of_fold_probabilities(
+    features: NDArray[np.float32],
+    labels: Sequence[str],
+    groups: Sequence[str],
+    *,
+    seed: int,
+    log10_c: float,
+    folds: int,
+    max_iterations: int,
+) -> tuple[NDArray[np.bool_], tuple[str, ...], NDArray[np.float64]]:
+    """What probes that have not seen an image, nor its near-duplicates, make of it.
+
+    Args:
+        features: Of N images in one view, (N, D).
+        labels: Class of each image, (N,).
+        groups: Near-duplicate group of each image, (N,).
+        seed: Of the folds.
+        log10_c: Inverse regularisation strength.
+        folds: Number of probes.
+        max_iterations: Of one fit.
+
+    Returns:
+        Which images could be judged (N,), the class names (C), and calibrated probabilities (M, C) of the judged ones.
+
+    Raises:
+        TrainingError: If there are fewer than two classes, or features that are not finite.
+    """
+    _check(features[None], labels)
+    names = tuple(sorted(set(labels)))
+    with threadpool_limits(1, user_api="blas"):
+        problem = _problem(features[None], labels, groups, folds, len(labels), seed, max_iterations)
+        judged = problem.judged
+        if not judged.any():
+            return judged, names, np.zeros((0, len(names)))
+        starts: dict[int, Fit | None] = {int(fold): None for fold in np.unique(problem.folds) if fold != NEVER_HELD_OUT}
+        _held_out_logits(problem, np.array([log10_c - REFIT_STEP]), starts)  # on the way
+        logits = _held_out_logits(problem, np.array([log10_c]), starts)[log10_c][judged]
+    temperature = fit_temperature(logits, problem.targets[judged])
+    return judged, names, softmax(logits.astype(np.float64) / temperature, axis=1)
 
 
 def choose(path: Sequence[PathPoint]) -> float:

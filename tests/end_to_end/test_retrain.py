@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import IMAGES_PER_CLASS, Workspace, locked_outputs, write_digits
 
 MORE_IMAGES = 4
@@ -84,6 +86,18 @@ def test_a_changed_fine_tuning_number_runs_from_finetune_on(lived_in: Workspace,
     assert list(told["would_run"]) == ["finetune", "export_onnx", "evaluate"]
     lived_in.set_param("finetune.clip_norm", 1.0)
     assert json.loads(lived_in.tanuki("status", "--json").stdout)["would_run"] == {}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.62, 0.9])
+def test_a_dvc_lock_that_a_kill_left_half_written_is_put_back(
+    lived_in: Workspace, first_retrain: dict, share: float
+) -> None:
+    lock = lived_in.root / "dvc.lock"
+    whole = lock.read_bytes()
+    lock.write_bytes(whole[: int(share * len(whole)) + 3])
+    status = json.loads(lived_in.tanuki("status", "--json").stdout)
+    assert status["would_run"] == {}
+    assert lock.read_bytes() == whole
 
 
 def test_an_experiment_changes_the_metrics_it_should(lived_in: Workspace, first_retrain: dict) -> None:
