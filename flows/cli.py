@@ -34,6 +34,8 @@ app = typer.Typer(
 out = Console(highlight=False, soft_wrap=True)
 asides = Console(stderr=True, highlight=False, soft_wrap=True)  # what must not stand in a script's JSON
 
+INTERRUPTED = 130
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the registry's history.")]
 VersionId = Annotated[int, typer.Argument(help="A number from `tanuki versions`.", min=1)]
@@ -97,8 +99,10 @@ def retrain(
             return
     asides.print("Starting Prefect and the pipeline ...", style="dim")
     from flows.retrain import retrain as retrain_flow
+    from flows.server import prefect_server
 
-    done = retrain_flow(layout.root, promote=promote)
+    with prefect_server(layout):
+        done = retrain_flow(layout.root, promote=promote)
     summary = reports.summarise(layout, stages=done.stages, verdict=done.verdict)
     _print_json(summary.as_dict()) if as_json else out.print(summary.text())
 
@@ -213,8 +217,10 @@ def pretrain(context: typer.Context, as_json: Json = False) -> None:
     layout = find_workspace(context.obj)
     asides.print("Starting Prefect and the training ...", style="dim")
     from flows.pretrain import pretrain as pretrain_flow
+    from flows.server import prefect_server
 
-    made = pretrain_flow(layout.root)
+    with prefect_server(layout):
+        made = pretrain_flow(layout.root)
     if as_json:
         _print_json(made)
     else:
@@ -251,9 +257,10 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error}. Nothing was lost; mend it and run the command again.")
-    except KeyboardInterrupt:
-        print("Interrupted. Nothing was lost; run the command again to go on.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # Typer's code for Ctrl-C
+            print("Interrupted. Nothing was lost; run the command again to go on.", file=sys.stderr)
+        raise
 
 
 def _fail(text: str) -> None:

@@ -3,8 +3,6 @@
 import os
 
 QUIET = {
-    # The temporary server has 20 s to start, and a busy two-core machine needs more.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     # Nothing is sent anywhere unless asked.
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",

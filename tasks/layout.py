@@ -153,6 +153,11 @@ class Layout:
         return self.root / ".dvc" / "tmp" / "tanuki-dvc.lock"
 
     @property
+    def server_log(self) -> Path:
+        """What the last temporary Prefect server had to say."""
+        return self.root / ".dvc" / "tmp" / "tanuki-prefect.log"
+
+    @property
     def lock(self) -> Path:
         """Held by whoever changes the workspace."""
         return self.root / ".dvc" / "tmp" / "tanuki.lock"

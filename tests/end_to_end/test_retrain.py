@@ -133,27 +133,44 @@ def test_a_forced_promotion_and_a_rollback_are_told_in_the_history(lived_in: Wor
     assert "it was slower" in (lived_in.root / "data" / "registry" / "events.jsonl").read_text()
 
 
-def test_a_second_retrain_while_one_runs_is_told_so_and_a_killed_one_loses_nothing(
-    lived_in: Workspace, first_retrain: dict
-) -> None:
-    lived_in.set_param("finetune.clip_norm", 0.9)
-    first = subprocess.Popen(
+def started(workspace: Workspace, until: str) -> subprocess.Popen[str]:
+    """A retrain in a process group of its own, as a terminal would start it, that has come to a stage."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", "retrain"],
-        cwd=lived_in.root,
-        env=lived_in.environment,
+        cwd=workspace.root,
+        env=workspace.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    assert first.stdout is not None
-    for line in first.stdout:
-        if "[train_head]" in line or "[finetune]" in line:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if until in line:
             break
+    return process
+
+
+def test_ctrl_c_ends_a_retrain_within_seconds_and_says_so(lived_in: Workspace, first_retrain: dict) -> None:
+    lived_in.set_param("finetune.clip_norm", 0.8)
+    process = started(lived_in, "[finetune]")
+    start = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert time.monotonic() - start < 60
+    assert "Interrupted. Nothing was lost" in told
+    assert "Traceback" not in told
+
+
+def test_a_second_retrain_while_one_runs_is_told_so_and_a_killed_one_loses_nothing(
+    lived_in: Workspace, first_retrain: dict
+) -> None:
+    lived_in.set_param("finetune.clip_norm", 0.9)
+    first = started(lived_in, "[finetune]")
     second = lived_in.tanuki("retrain", check=False)
     os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    first.stdout.close()
+    first.communicate()
     assert second.returncode == 1
     assert "is busy" in second.stderr
     assert "Traceback" not in second.stderr

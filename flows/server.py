@@ -1,0 +1,84 @@
+"""A Prefect server for the time of one command, where PREFECT_API_URL names none.
+
+Prefect would start one itself, but in the terminal's process group: Ctrl-C ends that server first, and the flow then
+tries for minutes to tell it what happened. This one has a session of its own, and ends with the command however that
+ends.
+"""
+
+import atexit
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.workspace import WorkspaceError, environment
+from tasks.layout import Layout
+
+START_TIMEOUT_S = 180.0
+POLL_S = 0.1
+
+# Waits for the end of its input, which is the end of the command, `kill -9` included.
+GUARD = (
+    "import subprocess, sys\n"
+    "server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)\n"
+    "sys.stdin.read()\n"
+    "server.terminate()\n"
+)
+
+
+@contextmanager
+def prefect_server(layout: Layout) -> Iterator[None]:
+    """The server that flows in this block talk to: the one that is configured, or a temporary one.
+
+    Raises:
+        WorkspaceError: If the temporary server does not start; names its log.
+    """
+    if PREFECT_API_URL.value():
+        yield
+        return
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    serve = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-services", "--no-ui"]
+    layout.server_log.parent.mkdir(parents=True, exist_ok=True)
+    with layout.server_log.open("wb") as log:
+        guard = subprocess.Popen(
+            [sys.executable, "-c", GUARD, sys.executable, *serve],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**environment(), "PREFECT_API_URL": url},
+            start_new_session=True,
+        )
+    assert guard.stdin is not None
+    atexit.register(guard.stdin.close)  # not before: Prefect sends the last lines of its log at exit
+    _wait_until_healthy(url, guard, layout)
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield
+
+
+def _wait_until_healthy(url: str, guard: subprocess.Popen[bytes], layout: Layout) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and guard.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=1):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(POLL_S)
+    raise WorkspaceError(
+        f"Prefect's temporary server did not answer within {START_TIMEOUT_S:.0f} s; its words are in "
+        f"{layout.server_log}. Start one yourself (`prefect server start`) and set PREFECT_API_URL, or run `dvc repro`, "
+        "which needs none."
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
