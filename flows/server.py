@@ -72,8 +72,8 @@ def _wait_until_healthy(url: str, guard: subprocess.Popen[bytes], layout: Layout
             time.sleep(POLL_S)
     raise WorkspaceError(
         f"Prefect's temporary server did not answer within {START_TIMEOUT_S:.0f} s; its words are in "
-        f"{layout.server_log}. Start one yourself (`prefect server start`) and set PREFECT_API_URL, or run `dvc repro`, "
-        "which needs none."
+        f"{layout.server_log}. Start one yourself (`prefect server start`) and set PREFECT_API_URL, or run "
+        "`dvc repro`, which needs none."
     )
 
 
