@@ -1,6 +1,6 @@
 """Does the embedded backbone transfer? Few labelled handwritten digits, and who reads the others best.
 
-    python -m benchmarks.transfer --seeds 10 --scratch-seeds 3
+    python -m benchmarks.transfer --scratch-seeds 10
 
 prints a markdown table: mean accuracy on all digits that are not among the 1, 3 or 10 labelled ones of each class, for
 
@@ -153,7 +153,7 @@ def compare(weights: PretrainedWeights, *, seeds: int, scratch_seeds: int) -> li
     """A row a contender: its name, its number of seeds, its mean accuracy at 1, 3 and 10 labelled digits a class."""
     digits = load(weights)
     last, four = (extract(weights, digits.pictures, depths) for depths in (1, 4))
-    architecture = weights.architecture or ""
+    architecture = (weights.architecture or "").partition("@")[0]
     contenders: list[tuple[str, int, Contender]] = [
         ("logistic regression, raw pixels", seeds, lambda train, test, _: raw_pixels(digits, train, test)),
         (

@@ -7,7 +7,7 @@ and export_onnx.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,15 +43,21 @@ class Network(nn.Module):
         trunk: The model; its classifier is taken off.
         family: How it is cut.
         depths: Groups, from the last, that make up the embedding; at most all but the stem.
+        last: The module that the trunk ends with; empty for the whole.
+
+    Raises:
+        BackboneError: If the trunk cannot end with that module.
     """
 
-    def __init__(self, trunk: nn.Module, family: Family, depths: int) -> None:
+    def __init__(self, trunk: nn.Module, family: Family, depths: int, last: str = "") -> None:
         super().__init__()
         for name in family.classifier:
             _take_off(trunk, name)
         self.trunk = trunk
-        self.family = family
         self.groups = _expand(trunk, family)
+        if last:
+            family, self.groups = replace(family, after_pool=()), _cut(trunk, self.groups, last)
+        self.family = family
         self.num_groups = len(self.groups)
         self.depths = min(depths, self.num_groups - 1)
         self._parameter_names = _parameter_names(trunk, self.groups)
@@ -147,15 +153,17 @@ def build_network(architecture: str, *, depths: int) -> Network:
     """A network with random weights; the global random state is left as it was.
 
     Args:
-        architecture: A torchvision classification architecture, or ``timm:NAME``.
+        architecture: A torchvision classification architecture, or ``timm:NAME``; ``ARCHITECTURE@MODULE`` is without
+            what comes after a module.
         depths: Layer groups, from the last, that make up the embedding; more than there are means all but the stem.
 
     Raises:
         BackboneError: If there is no such architecture.
     """
+    name, _, last = architecture.partition("@")
     with torch.random.fork_rng(devices=[]):
-        trunk = _timm_model(architecture) if architecture.startswith("timm:") else _torchvision_model(architecture)
-        return Network(trunk, family_of(architecture) or _generic(architecture, trunk), depths)
+        trunk = _timm_model(name) if name.startswith("timm:") else _torchvision_model(name)
+        return Network(trunk, family_of(name) or _generic(name, trunk), depths, last)
 
 
 def _torchvision_model(architecture: str) -> nn.Module:
@@ -212,6 +220,22 @@ def _expand(trunk: nn.Module, family: Family) -> Groups:
             groups.append(tuple(name for step in steps for name in _slice(trunk, step)))
     groups[-1] += family.finish
     return tuple(groups)
+
+
+def _cut(trunk: nn.Module, groups: Groups, last: str) -> Groups:
+    """The groups up to and with a module; what comes after it is taken off the trunk."""
+    steps = [step for group in groups for step in group]
+    ends = [step for step in steps[len(groups[0]) :] if step and step not in OPERATIONS]
+    if last not in ends:
+        raise BackboneError(
+            f"backbone.architecture: there is no layer {last!r} to end with. There is: {', '.join(ends) or 'none'}."
+        )
+    kept = steps[: steps.index(last) + 1]
+    for step in steps[len(kept) :]:
+        if step not in OPERATIONS:
+            _take_off(trunk, step)
+    cut = (tuple(step for step in group if step in kept) for group in groups)
+    return tuple(group for group in cut if group)
 
 
 def _slice(trunk: nn.Module, step: str) -> list[str]:

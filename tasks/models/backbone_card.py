@@ -15,7 +15,7 @@ class BackboneCard:
 
     Args:
         source: ``backbone.source`` of params.yaml.
-        architecture: A torchvision name, or ``timm:NAME``.
+        architecture: A torchvision name, or ``timm:NAME``; with ``@MODULE`` where the trunk ends before its end.
         weights_sha256: Of weights.safetensors.
         licence: Of the weights; None where nobody said.
         size_px: Side of the square picture that the network sees.

@@ -53,7 +53,8 @@ class PretrainedWeights:
 
     Args:
         state: Tensors under the architecture's own names, classifier included where there is one.
-        architecture: A torchvision name or ``timm:NAME``; None where the source does not say.
+        architecture: A torchvision name or ``timm:NAME``, perhaps with ``@MODULE`` to end with; None where the source
+            does not say.
         licence: None where the source does not say.
         size_px: Side of the square picture.
         crop_fraction: Share of the short side that is kept.

@@ -207,3 +207,27 @@ def test_a_timm_model_is_one_group_over_an_empty_stem() -> None:
         assert network(pixels(2, 160)).shape == (2, network.feature_dim)
     with pytest.raises(BackboneError, match="no_such_model"):
         build_network("timm:no_such_model", depths=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "last"), [("resnet18", "layer3"), ("mobilenet_v3_small", "features.11"), ("convnext_tiny", "features.5")]
+)
+def test_an_architecture_may_end_with_a_module_and_carries_nothing_behind_it(name: str, last: str) -> None:
+    whole, cut = build_network(name, depths=1), build_network(f"{name}@{last}", depths=1)
+    cut.load_trunk(whole.trunk_state())
+    seen = []
+    whole.trunk.get_submodule(last).register_forward_hook(lambda *call: seen.append(call[-1]))
+    pixels = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        whole(pixels)
+        embedding = cut(pixels)
+    axes = (1, 2) if whole.family.channels_last else (2, 3)
+    assert torch.equal(embedding, seen[0].mean(axes))
+    assert set(cut.trunk_state()) < set(whole.trunk_state())
+    owned = sum(len(cut.group_parameters(group)) for group in range(cut.num_groups))
+    assert owned == len(list(cut.trunk.parameters()))
+
+
+def test_a_module_that_is_no_layer_is_named_with_those_there_are() -> None:
+    with pytest.raises(BackboneError, match=r"no layer 'layer9'.*layer1, layer2, layer3, layer4"):
+        build_network("resnet18@layer9", depths=1)
