@@ -39,6 +39,7 @@ SCHEMA: Final = pa.schema(
         pa.field("group", pa.string(), nullable=False),  # near-duplicates share it
         pa.field("split", pa.string(), nullable=False),
         pa.field("official_split", pa.bool_(), nullable=False),
+        pa.field("class_id", pa.int32(), nullable=True),  # of the class map; null until validate_data has accepted it
     ],
     metadata={"tanuki.facts_version": str(FACTS_VERSION)},
 )
@@ -84,6 +85,7 @@ def rows_to_frame(rows: Iterable[Row]) -> pd.DataFrame:
             **asdict(row.facts),
             "split": row.split,
             "official_split": row.official_split,
+            "class_id": None,
         }
         for row in rows
     ]
@@ -129,5 +131,9 @@ def read_known_facts(path: Path) -> dict[str, Facts]:
 
 
 def class_names(frame: pd.DataFrame) -> tuple[str, ...]:
-    """The classes of a manifest in the order that every head, bundle and report keeps: sorted labels of train rows."""
-    return tuple(sorted(set(frame.loc[frame["split"] == "train", "label"])))
+    """The classes in the order that every head, bundle and report keeps: labels of train rows by class id.
+
+    Rows that have no id yet come last, by label.
+    """
+    classes = frame.loc[frame["split"] == "train", ["class_id", "label"]].drop_duplicates()
+    return tuple(classes.sort_values(["class_id", "label"], na_position="last")["label"].astype(str))
