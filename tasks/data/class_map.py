@@ -56,7 +56,7 @@ def read_class_map(path: Path) -> ClassMap:
             outputs of the next model another order.
     """
     remedy = (
-        f"`dvc checkout --force {path.name}` in {path.parent} brings back the one of dvc.lock. Where that is lost too, "
+        f"`dvc checkout --force {workspace_path(path)}` brings back the one of dvc.lock. Where that is lost too, "
         "remove the file: labels are then numbered anew, sorted, and the next model may have its outputs in another "
         "order."
     )
@@ -67,6 +67,11 @@ def read_class_map(path: Path) -> ClassMap:
     return ClassMap(
         tuple(each["label"] for each in classes), frozenset(each["label"] for each in classes if each["present"])
     )
+
+
+def workspace_path(path: Path) -> str:
+    """A file of data/manifest as DVC is told of it in the workspace: DVC knows outputs from there alone."""
+    return "/".join(path.parts[-3:])
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

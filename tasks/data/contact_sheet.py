@@ -40,7 +40,12 @@ def contact_sheet(tiles: Sequence[Tile], title: str) -> Image.Image:
     rows = -(-len(shown) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * TILE_PX, TITLE_PX + rows * (TILE_PX + CAPTION_PX)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((4, 6), f"{title}: {_count(len(shown), len(tiles))}", fill="black", font=ImageFont.load_default(size=16))
+    draw.text(
+        (4, 6),
+        f"{_one_line(title)}: {_count(len(shown), len(tiles))}",
+        fill="black",
+        font=ImageFont.load_default(size=16),
+    )
     font = ImageFont.load_default(size=11)
     for index, tile in enumerate(shown):
         x, y = index % COLUMNS * TILE_PX, TITLE_PX + index // COLUMNS * (TILE_PX + CAPTION_PX)

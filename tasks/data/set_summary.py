@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.files import sha256_bytes, write_json
-from tasks.data.class_map import read_sealed, sealed
+from tasks.data.class_map import read_sealed, sealed, workspace_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +79,7 @@ def read_history(path: Path) -> tuple[SetSummary, ...]:
         DataError: If the file is not what was written.
     """
     remedy = (
-        f"`dvc checkout --force {path.name}` in {path.parent} brings back the one of dvc.lock. Or remove the file: the "
+        f"`dvc checkout --force {workspace_path(path)}` brings back the one of dvc.lock. Or remove the file: the "
         "next run then compares with nothing."
     )
     content = read_sealed(path, FORMAT_VERSION, remedy)

@@ -15,6 +15,8 @@ from PIL import Image
 
 from tasks import index_images, validate_data
 from tasks.data.class_map import ClassMap, read_class_map, sealed, write_class_map
+from tasks.data.complaints import listed
+from tasks.data.contact_sheet import Tile, contact_sheet
 from tasks.data.expectations import Validator, expectations
 from tasks.data.judgement import Judgement, judge
 from tasks.data.manifest import Facts, Row, class_names, read_manifest, rows_to_frame, write_manifest
@@ -261,6 +263,12 @@ def test_a_stop_names_images_and_leaves_pages_and_pictures_for_a_person(layout: 
     ).read_bytes()
 
 
+def test_a_name_is_told_and_drawn_in_one_line(tmp_path: Path) -> None:
+    assert listed(["cat/a\nb\u202e.png", "たぬき/é.png"]) == "cat/a\\nb\\u202e.png, たぬき/é.png"
+    sheet = contact_sheet([Tile(tmp_path / "none", "cat/a\nb.png", "c\n" * 99)] * 50, "a\ntitle")
+    assert sheet.size == (960, 30 + 8 * 230)
+
+
 def test_there_is_a_picture_of_what_is_behind_each_unmet_expectation(layout: Layout) -> None:
     rows = good()
     for number, row in enumerate(rows.rows):
@@ -374,7 +382,9 @@ def test_a_damaged_history_is_told_with_a_remedy_and_never_made_anew(layout: Lay
             "other version": json.dumps(sealed(content)).encode(),
         }[damage]
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=rf"{path.name}.*dvc checkout --force.*remove the file"):
+        with pytest.raises(
+            DataError, match=rf"{path.name}.*dvc checkout --force data/manifest/{path.name}`.*remove the file"
+        ):
             validate_data.run(layout, validate_data=PARAMS)
         assert path.read_bytes() == damaged
 
