@@ -51,6 +51,16 @@ class Layout:
         return self.data / "manifest" / "accepted.parquet"
 
     @property
+    def classes(self) -> Path:
+        """The class map: the id of every label that was ever accepted (validate_data)."""
+        return self.data / "manifest" / "classes.json"
+
+    @property
+    def accepted_summary(self) -> Path:
+        """What the last accepted sets were like, to tell a shift by (validate_data)."""
+        return self.data / "manifest" / "accepted_summary.json"
+
+    @property
     def quarantine(self) -> Path:
         """path,reason of the images that later stages leave out (validate_data)."""
         return self.data / "manifest" / "quarantine.csv"

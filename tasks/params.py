@@ -63,6 +63,9 @@ class ValidateDataParams(Section):
     max_quarantined_fraction: Fraction
     min_side_px: Positive
     max_aspect_ratio: Annotated[float, Field(ge=1)]
+    min_kind_fraction: Fraction
+    max_robust_z: Annotated[float, Field(gt=0)]
+    max_shift: Annotated[float, Field(gt=0)]
 
 
 class FeaturesParams(Section):

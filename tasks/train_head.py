@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tasks.data.features import load_features
-from tasks.data.manifest import read_manifest
+from tasks.data.manifest import class_names, read_manifest
 from tasks.data.views import training_views
 from tasks.errors import ParamsError
 from tasks.models.backbone_card import read_card
@@ -73,7 +73,7 @@ def run(
         features.views, num_train=len(train), min_area_fraction=augment.min_area_fraction, hflip=augment.hflip
     )
     stored = load_features(layout.features_dir, card, shas, views).reshape(len(views), len(shas), -1)
-    probe = fit_probe(stored, labels, groups, seed=seed, **train_head.model_dump())
+    probe = fit_probe(stored, labels, groups, classes=class_names(images), seed=seed, **train_head.model_dump())
     num_val, val_accuracy, val_nll = _judge(layout, card, probe.head, images[images["split"] == "val"])
     report = TrainHeadReport(
         num_train=len(train),

@@ -1,7 +1,7 @@
 """Stage validate_data: holds the manifest to what is expected of a set, leaves bad images out, stops a bad set.
 
-data/manifest/images.parquet → accepted.parquet, quarantine.csv, and pages for a person in data/reports/validation/,
-which are there also when the stage stops.
+data/manifest/images.parquet → accepted.parquet, quarantine.csv, classes.json, accepted_summary.json, and pages for a
+person in data/reports/validation/, which are there also when the stage stops.
 """
 
 import csv
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.files import atomic_path, write_text
+from tasks.data.class_map import ClassMap, read_class_map, write_class_map
 from tasks.data.complaints import listed
 from tasks.data.contact_sheet import Tile, contact_sheet
 from tasks.data.expectations import Validator, expectations
-from tasks.data.judgement import judge
+from tasks.data.judgement import Judgement, judge
 from tasks.data.manifest import read_manifest, write_manifest
+from tasks.data.set_summary import read_history, write_history
 from tasks.data.splits import SPLITS
 from tasks.errors import DataError
 
@@ -40,6 +42,10 @@ class ValidateDataReport:
         quarantined_per_expectation: How many images did not meet each expectation; one may be in several.
         num_classes: Labels of accepted images.
         images_per_split: Accepted images of each split.
+        flagged_per_expectation: How many images stay although they do not meet each; one may be in several.
+        new_classes: Labels that came since the last accepted set.
+        vanished_classes: Labels that went.
+        renamed_classes: New label to the one that held the same images before.
         warnings: What a person should know and what does not stop the run.
     """
 
@@ -48,6 +54,10 @@ class ValidateDataReport:
     quarantined_per_expectation: dict[str, int]
     num_classes: int
     images_per_split: dict[str, int]
+    flagged_per_expectation: dict[str, int]
+    new_classes: list[str]
+    vanished_classes: list[str]
+    renamed_classes: dict[str, str]
     warnings: list[str]
 
 
@@ -55,32 +65,55 @@ def run(layout: "Layout", *, validate_data: "ValidateDataParams") -> ValidateDat
     """Writes the accepted rows, the quarantine, and the pages that show both.
 
     Raises:
-        DataError: If the set is not fit to train on; every reason in one message.
+        DataError: If the set is not fit to train on, with every reason in one message; or if the class map or the
+            summary of the last accepted set is damaged.
     """
     manifest = read_manifest(layout.images)
+    class_map = read_class_map(layout.classes)
+    history = read_history(layout.accepted_summary)
     layout.accepted.unlink(missing_ok=True)
     shutil.rmtree(layout.validation_dir, ignore_errors=True)
     validator = Validator()
     expected = expectations(**validate_data.model_dump())
-    judgement = judge(manifest, expected, validator, where=_name(layout, layout.raw))
+    judgement = judge(manifest, expected, validator, history, where=_name(layout, layout.raw))
 
     pages = layout.validation_dir / "docs"
     validator.write_pages(pages)
     _write_quarantine(layout, judgement.quarantined)
-    _write_contact_sheet(layout, judgement.quarantined)
+    _write_contact_sheets(layout, judgement)
     left_out = _left_out(layout, judgement.quarantined)
     if judgement.stops:
         raise DataError("\n".join([*judgement.stops, *left_out, f"Look at {_name(layout, pages)}/index.html"]))
     for text in (*left_out, *judgement.warnings):
         logger.warning("%s", text)
-    write_manifest(layout.accepted, judgement.accepted)
+    _write_accepted(layout, judgement, class_map)
+    return _report(judgement)
+
+
+def _write_accepted(layout: "Layout", judgement: Judgement, class_map: ClassMap) -> None:
+    """The accepted rows with their class ids, and what the next run builds on."""
+    class_map = class_map.with_accepted(judgement.summary.images_per_class)
+    write_class_map(layout.classes, class_map)
+    write_history(layout.accepted_summary, now=judgement.summary, before=judgement.before)
+    class_id = judgement.accepted["label"].map(class_map.ids)
+    write_manifest(layout.accepted, judgement.accepted.assign(class_id=class_id))
+
+
+def _report(judgement: Judgement) -> ValidateDataReport:
     splits = Counter(judgement.accepted["split"])
+    offenders = [(each.action, each.name, len(paths)) for each, paths in judgement.offenders.items()]
+    classes = judgement.classes
+    renamed = classes[classes["renamed"] > 0]
     return ValidateDataReport(
         num_accepted=len(judgement.accepted),
         num_quarantined=len(judgement.quarantined),
-        quarantined_per_expectation=judgement.quarantined_per_expectation,
+        quarantined_per_expectation={name: number for action, name, number in offenders if action == "quarantine"},
         num_classes=int(judgement.accepted["label"].nunique()),
         images_per_split={split: splits[split] for split in SPLITS},
+        flagged_per_expectation={name: number for action, name, number in offenders if action == "warn"},
+        new_classes=list(classes.loc[classes["new"] > 0, "label"]),
+        vanished_classes=list(classes.loc[classes["vanished"] > 0, "label"]),
+        renamed_classes=dict(zip(renamed["label"], renamed["earlier_label"], strict=True)),
         warnings=judgement.warnings,
     )
 
@@ -109,10 +142,11 @@ def _write_quarantine(layout: "Layout", reasons: Mapping[str, str]) -> None:
     write_text(layout.quarantine, buffer.getvalue())
 
 
-def _write_contact_sheet(layout: "Layout", reasons: Mapping[str, str]) -> None:
-    """A picture of what was left out, where anything was."""
-    if not reasons:
-        return
-    tiles = [Tile(layout.raw / path, path, reason) for path, reason in reasons.items()]
-    with atomic_path(layout.validation_dir / "quarantine.png") as temporary:
-        contact_sheet(tiles).save(temporary, format="PNG")
+def _write_contact_sheets(layout: "Layout", judgement: Judgement) -> None:
+    """A picture of what was left out, and one of the images behind each unmet expectation."""
+    sheets = {"quarantine": judgement.quarantined} if judgement.quarantined else {}
+    sheets |= {each.name: paths for each, paths in judgement.offenders.items()}
+    for title, remarks in sheets.items():
+        tiles = [Tile(layout.raw / path, path, remark) for path, remark in remarks.items()]
+        with atomic_path(layout.validation_dir / f"{title.replace(' ', '_')}.png") as temporary:
+            contact_sheet(tiles, f"not met: {title}" if title != "quarantine" else title).save(temporary, format="PNG")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tasks.data.expectations import Expectation, Finding
+from tasks.data.expectations import SHIFTS, Expectation, Finding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -12,9 +12,14 @@ MAX_NAMED = 20
 
 
 def listed(items: Sequence[str]) -> str:
-    """The first 20 names, and how many more there are."""
+    """The first 20 names in one line, and how many more there are."""
     more = f" and {len(items) - MAX_NAMED:,} more" if len(items) > MAX_NAMED else ""
-    return ", ".join(items[:MAX_NAMED]) + more
+    return ", ".join(_printable(item) for item in items[:MAX_NAMED]) + more
+
+
+def _printable(text: str) -> str:
+    """A name with its line breaks and the like written as escapes."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def quarantine_reason(expected: Expectation, row: Mapping[Hashable, Any]) -> str:
@@ -36,6 +41,41 @@ def quarantine_reason(expected: Expectation, row: Mapping[Hashable, Any]) -> str
         "no copy": f"a copy of {row['twin']}",
     }
     return reasons[expected.name]
+
+
+def image_remark(expected: Expectation, row: Mapping[Hashable, Any]) -> str:
+    """What is unusual about one image that stays.
+
+    Args:
+        expected: What it does not meet.
+        row: Its row of the image table.
+    """
+    if expected.column.endswith("_z"):
+        name = expected.column.removesuffix("_z")
+        return f"{name} {row[name]:.1f}, {row[expected.column]:+.1f} deviations from the median"
+    remarks = {
+        "usual mode": f"mode {row['mode']}",
+        "usual format": f"format {row['format']}",
+        "one label a group": f"looks like {row['group_twin']}",
+    }
+    return remarks[expected.name]
+
+
+def images_complaint(expected: Expectation, remarks: Mapping[str, str], *, where: str) -> str:
+    """One paragraph on images that stay although they are unusual.
+
+    Args:
+        expected: What they do not meet.
+        remarks: What is unusual about each, by path.
+        where: Name of the folder of images, for the message.
+    """
+    names = listed([f"{path} ({remark})" for path, remark in remarks.items()])
+    told = {
+        "usual mode": "of a colour mode that few others have",
+        "usual format": "of a format that few others have",
+        "one label a group": "all but the same as an image under another label; one label may be wrong",
+    }.get(expected.name, f"of unusual {expected.column.removesuffix('_z')}")
+    return f"{where}: {_plural(len(remarks), 'image is', 'images are')} {told}: {names}."
 
 
 def set_complaint(finding: Finding, frame: "pd.DataFrame", *, where: str) -> str:
@@ -65,6 +105,10 @@ def _plural(count: int, one: str, many: str) -> str:
     return f"{count:,} {one if count == 1 else many}"
 
 
+def _it(rows: "pd.DataFrame", one: str, many: str) -> str:
+    return one if len(rows) == 1 else many
+
+
 def _classes(rows: Iterable[object]) -> str:
     return _plural(len(list(rows)), "class has", "classes have")
 
@@ -91,7 +135,29 @@ _CLASSES: dict[str, Callable[["pd.DataFrame", Expectation], str]] = {
     "one spelling": lambda rows, _: (
         f"labels that differ only in case or outer spaces count as different classes: {listed(list(rows['label']))}."
     ),
+    "known class": lambda rows, _: (
+        f"{_classes(rows['label'])} come since the last accepted set: {_with_counts(rows, 'images')}. "
+        f"{_it(rows, 'It is', 'They are')} appended to the outputs."
+    ),
+    "class still there": lambda rows, _: (
+        f"{_classes(rows['label'])} vanished since the last accepted set: {listed(sorted(rows['label']))}. "
+        f"{_it(rows, 'Its id stays its own', 'Their ids stay their own')}; the next model does not know "
+        f"{_it(rows, 'it', 'them')}."
+    ),
+    "same name": lambda rows, _: (
+        f"{_classes(rows['label'])} likely been renamed since the last accepted set, by their images: "
+        + listed([f"{old} is now {new}" for old, new in zip(rows["earlier_label"], rows["label"], strict=True)])
+        + ". A renamed class is a new output: give it back its name where that was not meant."
+    ),
 }
+
+
+def _shifted(name: str) -> Callable[["pd.Series", Expectation], str]:
+    return lambda row, expected: (
+        f"the {name.replace('_', ' ')} of the images moved since the last accepted set: population stability index "
+        f"{row[expected.column]:.2f}, validate_data.max_shift is {expected.max_value:g}. Was that meant?"
+    )
+
 
 _SPLIT_REMEDY = (
     "Add images; or, where folders give the splits, put some there; "
@@ -125,4 +191,5 @@ _WHOLE: dict[str, Callable[["pd.Series", Expectation], str]] = {
         f"{_plural(int(row['straddling_groups']), 'group', 'groups')} of near-duplicates lie in more than one of the "
         f"splits that folders give, so the test result will be too good: {row['straddling_images']}."
     ),
+    **{f"same {name}": _shifted(name) for name in SHIFTS},
 }

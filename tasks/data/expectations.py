@@ -18,6 +18,8 @@ Action = Literal["stop", "quarantine", "warn"]
 Table = Literal["images", "classes", "whole"]
 
 SEVERITY: Final[dict[Action, str]] = {"stop": "critical", "quarantine": "warning", "warn": "info"}
+STATISTICS: Final = ("brightness", "contrast", "sharpness")
+SHIFTS: Final = ("class_mix", *STATISTICS, "size")
 KEY: Final[dict[Table, str]] = {"images": "path", "classes": "label", "whole": "name"}
 
 
@@ -58,6 +60,9 @@ def expectations(
     max_quarantined_fraction: float,
     min_side_px: int,
     max_aspect_ratio: float,
+    min_kind_fraction: float,
+    max_robust_z: float,
+    max_shift: float,
 ) -> tuple[Expectation, ...]:
     """All that is expected of a set; the arguments are those of validate_data in params.yaml."""
     return (
@@ -67,6 +72,13 @@ def expectations(
         Expectation("one label", "images", "labels_of_content", "quarantine", max_value=1),
         Expectation("in one split", "images", "kept_elsewhere", "quarantine", max_value=0),
         Expectation("no copy", "images", "earlier_copies", "quarantine", max_value=0),
+        Expectation("usual mode", "images", "mode_fraction", "warn", min_value=min_kind_fraction),
+        Expectation("usual format", "images", "format_fraction", "warn", min_value=min_kind_fraction),
+        *(
+            Expectation(f"usual {name}", "images", f"{name}_z", "warn", min_value=-max_robust_z, max_value=max_robust_z)
+            for name in STATISTICS
+        ),
+        Expectation("one label a group", "images", "labels_of_group", "warn", max_value=1),
         Expectation("any images", "whole", "images", "stop", min_value=1),
         Expectation("several classes", "whole", "classes", "stop", min_value=2),
         Expectation("little lost", "whole", "lost_fraction", "stop", max_value=max_quarantined_fraction),
@@ -75,12 +87,16 @@ def expectations(
         Expectation("any val images", "whole", "val", "warn", min_value=1),
         Expectation("balanced", "whole", "class_ratio", "warn", max_value=max_class_ratio),
         Expectation("groups whole", "whole", "straddling_groups", "warn", max_value=0),
+        *(Expectation(f"same {name}", "whole", f"{name}_shift", "warn", max_value=max_shift) for name in SHIFTS),
         Expectation("enough images", "classes", "images", "stop", min_value=min_images_per_class),
         Expectation("enough train images", "classes", "train", "stop", min_value=min_train_images_per_class),
         Expectation("known in train", "classes", "train_of_held_out", "stop", min_value=1),
         Expectation("in val", "classes", "val", "warn", min_value=1),
         Expectation("in test", "classes", "test", "warn", min_value=1),
         Expectation("one spelling", "classes", "spellings", "warn", max_value=1),
+        Expectation("known class", "classes", "new", "warn", max_value=0),
+        Expectation("class still there", "classes", "vanished", "warn", max_value=0),
+        Expectation("same name", "classes", "renamed", "warn", max_value=0),
     )
 
 

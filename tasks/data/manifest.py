@@ -3,11 +3,14 @@
 Written by index_images (every file of data/raw) and validate_data (the rows that passed), read by every later stage.
 """
 
+import hashlib
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,8 +19,13 @@ from deploy.files import atomic_path
 from tasks.data.splits import Split
 from tasks.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 # Raised when the same bytes would now get other facts (decoder, hash, statistics): older rows are then computed again.
 FACTS_VERSION: Final = 1
+
+VERSION_KEY: Final = b"tanuki.facts_version"
+DIGEST_KEY: Final = b"tanuki.rows_sha256"
 
 SCHEMA: Final = pa.schema(
     [
@@ -39,9 +47,13 @@ SCHEMA: Final = pa.schema(
         pa.field("group", pa.string(), nullable=False),  # near-duplicates share it
         pa.field("split", pa.string(), nullable=False),
         pa.field("official_split", pa.bool_(), nullable=False),
+        pa.field("class_id", pa.int32(), nullable=True),  # of the class map; null until validate_data has accepted it
     ],
-    metadata={"tanuki.facts_version": str(FACTS_VERSION)},
+    metadata={VERSION_KEY: str(FACTS_VERSION)},
 )
+
+# What reading a damaged file can raise, ours and pyarrow's.
+DAMAGE: Final = (OSError, ValueError, TypeError, KeyError, MemoryError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,7 @@ def rows_to_frame(rows: Iterable[Row]) -> pd.DataFrame:
             **asdict(row.facts),
             "split": row.split,
             "official_split": row.official_split,
+            "class_id": None,
         }
         for row in rows
     ]
@@ -92,42 +105,84 @@ def rows_to_frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def write_manifest(path: Path, frame: pd.DataFrame) -> None:
-    """Writes a manifest atomically, sorted by path."""
+    """Writes a manifest atomically, sorted by path, with a digest of its rows."""
     frame = frame.sort_values("path", kind="stable", ignore_index=True)
-    table = pa.Table.from_pandas(frame, schema=SCHEMA, preserve_index=False).replace_schema_metadata(SCHEMA.metadata)
+    table = pa.Table.from_pandas(frame, schema=SCHEMA, preserve_index=False)
+    metadata = {**(SCHEMA.metadata or {}), DIGEST_KEY: _rows_digest(table)}
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
 
 
 def read_manifest(path: Path) -> pd.DataFrame:
     """A manifest sorted by path; ``error`` is missing (``isna``) where the image decodes.
 
     Raises:
-        DataError: If it is missing or no manifest of this version.
+        DataError: If it is missing, damaged, or no manifest of this version.
     """
     try:
-        table = pq.read_table(path, schema=SCHEMA)
+        frame: pd.DataFrame = _read_table(path).to_pandas()
     except FileNotFoundError as error:
         raise DataError(
             f"{path} is missing. Run `tanuki retrain`, or `dvc repro` up to the stage that writes it."
         ) from error
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no manifest ({error}). Remove it and run index_images again.") from error
-    frame: pd.DataFrame = table.to_pandas()
+    except DAMAGE as error:
+        raise DataError(
+            f"{path} is damaged or no manifest ({_one_line(error)}). Remove it; `tanuki retrain` (or "
+            "`dvc repro`) makes it again."
+        ) from error
     return frame.sort_values("path", kind="stable", ignore_index=True)
 
 
 def read_known_facts(path: Path) -> dict[str, Facts]:
     """Facts by sha256 of an earlier manifest; empty where there is none, or one that cannot be trusted."""
     try:
-        if pq.read_schema(path).metadata.get(b"tanuki.facts_version") != str(FACTS_VERSION).encode():
+        if (pq.read_schema(path).metadata or {}).get(VERSION_KEY) != str(FACTS_VERSION).encode():
             return {}
-        table = pq.read_table(path, columns=list(Facts.__dataclass_fields__))
-    except (pa.ArrowException, OSError, KeyError, AttributeError):
+        rows = _read_table(path).select(list(Facts.__dataclass_fields__)).to_pylist()
+    except FileNotFoundError:
         return {}
-    return {row["sha256"]: Facts(**row) for row in table.to_pylist()}
+    except DAMAGE as error:
+        logger.warning("%s is damaged (%s): all images are decoded again", path, _one_line(error))
+        return {}
+    return {row["sha256"]: Facts(**row) for row in rows}
+
+
+def _read_table(path: Path) -> pa.Table:
+    """The rows as they were written.
+
+    Raises:
+        OSError, ValueError: See `DAMAGE`.
+    """
+    table = pq.read_table(path, schema=SCHEMA)
+    if (pq.read_schema(path).metadata or {}).get(DIGEST_KEY) != _rows_digest(table):
+        raise ValueError("its rows no longer have their digest")
+    return table
+
+
+def _rows_digest(table: pa.Table) -> bytes:
+    """sha256 of the rows. Parquet's own checksums leave out headers, and a flipped bit may decompress."""
+    digest = hashlib.sha256()
+    for field in SCHEMA:
+        column = table.column(field.name).combine_chunks()
+        digest.update(column.is_null().to_numpy(zero_copy_only=False).tobytes())
+        if pa.types.is_string(field.type):
+            texts = [text.encode() for text in column.fill_null("").to_pylist()]
+            digest.update(np.array([len(text) for text in texts], dtype=np.int64).tobytes())
+            digest.update(b"".join(texts))
+        else:
+            zero = False if pa.types.is_boolean(field.type) else 0
+            digest.update(column.fill_null(zero).to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest().encode()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def class_names(frame: pd.DataFrame) -> tuple[str, ...]:
-    """The classes of a manifest in the order that every head, bundle and report keeps: sorted labels of train rows."""
-    return tuple(sorted(set(frame.loc[frame["split"] == "train", "label"])))
+    """The classes in the order that every head, bundle and report keeps: labels of train rows by class id.
+
+    Rows that have no id yet come last, by label.
+    """
+    classes = frame.loc[frame["split"] == "train", ["class_id", "label"]].drop_duplicates()
+    return tuple(classes.sort_values(["class_id", "label"], na_position="last")["label"].astype(str))

@@ -115,6 +115,7 @@ def fit_probe(
     labels: Sequence[str],
     groups: Sequence[str],
     *,
+    classes: Sequence[str],
     seed: int,
     min_log10_c: float,
     max_log10_c: float,
@@ -129,6 +130,7 @@ def fit_probe(
         features: Of V views of N training images, (V, N, D); the first view is the centre.
         labels: Class of each image, (N,).
         groups: Near-duplicate group of each image, (N,).
+        classes: The distinct labels, in the order of the head's rows.
         seed: Of the folds.
         min_log10_c: Where the path starts (strong regularisation).
         max_log10_c: Where it ends.
@@ -142,7 +144,7 @@ def fit_probe(
     """
     _check(features, labels)
     with threadpool_limits(1, user_api="blas"):
-        problem = _problem(features, labels, groups, folds, holdout_above, seed, max_iterations)
+        problem = _problem(features, labels, groups, classes, folds, holdout_above, seed, max_iterations)
         log10_cs = np.linspace(min_log10_c, max_log10_c, num_c)
         logits_of = _search(problem, log10_cs)
         path = _path(problem, logits_of)
@@ -153,7 +155,7 @@ def fit_probe(
     weight, bias = problem.basis.unfold(fit.weight / temperature, fit.bias / temperature)
     point = next((point for point in path if point.log10_c == log10_c), None)
     return Probe(
-        head=Head(tuple(sorted(set(labels))), weight.astype(np.float32), bias.astype(np.float32)),
+        head=Head(tuple(classes), weight.astype(np.float32), bias.astype(np.float32)),
         log10_c=log10_c,
         path=path,
         num_parts=len(np.unique(problem.folds[judged])),
@@ -224,6 +226,7 @@ def _problem(
     features: NDArray[np.float32],
     labels: Sequence[str],
     groups: Sequence[str],
+    classes: Sequence[str],
     folds: int,
     holdout_above: int,
     seed: int,
@@ -231,7 +234,7 @@ def _problem(
 ) -> Problem:
     """Rotates the features and deals the folds."""
     num_views, num_images, dim = features.shape
-    targets = _numbered(labels)
+    targets = _numbered(labels, classes)
     holdout = num_images > holdout_above
     fold = assign_folds(targets.tolist(), groups, num_folds=HOLDOUT_PARTS if holdout else folds, seed=seed)
     if holdout:
@@ -241,16 +244,16 @@ def _problem(
         basis=basis,
         views=basis.rotate(features.reshape(-1, dim)).reshape(num_views, num_images, -1),
         targets=targets,
-        groups=_numbered(groups),
+        groups=_numbered(groups, sorted(set(groups))),
         folds=fold,
         num_classes=int(targets.max()) + 1,
         max_iterations=max_iterations,
     )
 
 
-def _numbered(names: Sequence[str]) -> NDArray[np.intp]:
-    """The place of each name among the sorted distinct ones, (N,)."""
-    place = {name: number for number, name in enumerate(sorted(set(names)))}
+def _numbered(names: Sequence[str], distinct: Sequence[str]) -> NDArray[np.intp]:
+    """The place of each name among the distinct ones, (N,)."""
+    place = {name: number for number, name in enumerate(distinct)}
     return np.array([place[name] for name in names], dtype=np.intp)
 
 

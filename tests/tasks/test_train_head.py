@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from tasks import cache_features, train_head
+from tasks.data.manifest import read_manifest, write_manifest
 from tasks.errors import ParamsError, StoreError, TrainingError
 from tasks.models.head import Head, read_head, write_head
 from tasks.training.folds import NEVER_HELD_OUT, assign_folds
@@ -32,7 +33,7 @@ def digits() -> tuple[Features, list[str]]:
 
 def probe(features: Features, labels: list[str], groups: list[str] | None = None, **changes: object) -> Probe:
     """A probe of one view a row."""
-    settings = TRAIN_HEAD.model_dump() | {"seed": 0} | changes
+    settings = TRAIN_HEAD.model_dump() | {"seed": 0, "classes": sorted(set(labels))} | changes
     return fit_probe(features[None], labels, groups or [f"{row}" for row in range(len(labels))], **settings)
 
 
@@ -338,6 +339,18 @@ class TestStage:
         first = (layout.head_dir / "head.safetensors").read_bytes()
         assert train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD) == report
         assert (layout.head_dir / "head.safetensors").read_bytes() == first
+
+    def test_a_class_that_came_later_is_the_last_output_and_moves_no_other(self, tmp_path: Path) -> None:
+        layout = make_workspace(tmp_path, {"aardvark": 20, "bee": 20, "cat": 20})
+        accepted = read_manifest(layout.accepted)
+        ids = {"bee": 0, "cat": 2, "aardvark": 3}  # the second class of this workspace vanished
+        write_manifest(layout.accepted, accepted.assign(class_id=accepted["label"].map(ids)))
+        cache_features.run(layout, features=FEATURES, augment=AUGMENT)
+        report = train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD)
+        head = read_head(layout.head_dir)
+        assert head.labels == ("bee", "cat", "aardvark")
+        assert report.val_accuracy is not None
+        assert report.val_accuracy > 0.9
 
     def test_features_that_were_not_cached_say_what_to_run(self, tmp_path: Path) -> None:
         layout = make_workspace(tmp_path, {"ant": 5, "bee": 5})

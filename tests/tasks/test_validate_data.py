@@ -1,17 +1,28 @@
 """What stops a set, what is left out of it, and what a person reads about it."""
 
 import csv
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tasks import index_images, validate_data
+from tasks.data.class_map import ClassMap, read_class_map, sealed, write_class_map
+from tasks.data.complaints import listed
+from tasks.data.contact_sheet import Tile, contact_sheet
 from tasks.data.expectations import Validator, expectations
 from tasks.data.judgement import Judgement, judge
-from tasks.data.manifest import Facts, Row, rows_to_frame, write_manifest
-from tasks.data.splits import Split
+from tasks.data.manifest import Facts, Row, class_names, read_manifest, rows_to_frame, write_manifest
+from tasks.data.set_summary import stability_index, summarise, write_history
+from tasks.data.set_tables import robust_z
+from tasks.data.splits import SPLITS, Split
 from tasks.errors import DataError
 from tasks.layout import Layout
 from tasks.params import IndexImagesParams, ValidateDataParams
@@ -23,6 +34,9 @@ PARAMS = ValidateDataParams(
     max_quarantined_fraction=0.05,
     min_side_px=4,
     max_aspect_ratio=20,
+    min_kind_fraction=0.05,
+    max_robust_z=6.0,
+    max_shift=0.25,
 )
 GOOD: dict[Split, int] = {"train": 30, "val": 8, "test": 8}
 
@@ -43,13 +57,20 @@ class Rows:
         group: str | None = None,
         official: bool = False,
         size: tuple[int, int] = (64, 64),
+        brightness: float = 0.0,
         error: str | None = None,
     ) -> "Rows":
         number = len(self.rows)
-        sha256 = sha256 or f"{number:064x}"
+        sha256 = sha256 or 4 * f"{number:016x}"
         width, height = (0, 0) if error else size
         facts = Facts(
-            sha256=sha256, size_bytes=10, width=width, height=height, error=error, group=group or sha256[-16:]
+            sha256=sha256,
+            size_bytes=10,
+            width=width,
+            height=height,
+            brightness=brightness,
+            error=error,
+            group=group or sha256[-16:],
         )
         self.rows.append(Row(path or f"{label}/{number:03d}.png", label, facts, split, official))
         return self
@@ -76,10 +97,11 @@ def validate(layout: Layout, rows: Rows, **changes: float) -> validate_data.Vali
     return validate_data.run(layout, validate_data=PARAMS.model_copy(update=changes))
 
 
-def judged(rows: Rows, **changes: float) -> Judgement:
-    """What the stage makes of a set, without its files."""
+def judged(rows: Rows, *, after: Rows | None = None, **changes: float) -> Judgement:
+    """What the stage makes of a set that is accepted after another, without its files."""
+    history = () if after is None else (summarise(rows_to_frame(after.rows)),)
     expected = expectations(**PARAMS.model_copy(update=changes).model_dump())
-    return judge(rows_to_frame(rows.rows), expected, Validator(), where="data/raw")
+    return judge(rows_to_frame(rows.rows), expected, Validator(), history, where="data/raw")
 
 
 def stops(rows: Rows, **changes: float) -> str:
@@ -108,7 +130,11 @@ def test_bad_images_are_left_out_by_name_and_reason() -> None:
         "dog/strip.png": "too small: 2x900 px, validate_data.min_side_px is 4; "
         "too long and narrow: 2x900 px, validate_data.max_aspect_ratio is 20",
     }
-    assert found.quarantined_per_expectation == {"decodes": 1, "large enough": 2, "no strip": 1}
+    assert {each.name: len(paths) for each, paths in found.offenders.items()} == {
+        "decodes": 1,
+        "large enough": 2,
+        "no strip": 1,
+    }
     assert list(found.accepted["path"]) == sorted(row.path for row in good().rows)
 
 
@@ -208,7 +234,8 @@ def test_a_good_set_passes_whole_and_twice_with_the_same_bytes(layout: Layout) -
     assert report.images_per_split == {"train": 60, "val": 16, "test": 16}
     assert quarantine(layout) == {}
     first = layout.accepted.read_bytes(), layout.quarantine.read_bytes()
-    assert first[0] == layout.images.read_bytes()
+    accepted = read_manifest(layout.accepted)
+    assert accepted.drop(columns="class_id").equals(read_manifest(layout.images).drop(columns="class_id"))
     assert validate(layout, good()) == report
     assert (layout.accepted.read_bytes(), layout.quarantine.read_bytes()) == first
 
@@ -230,7 +257,34 @@ def test_a_stop_names_images_and_leaves_pages_and_pictures_for_a_person(layout: 
     assert (pages / "index.html").is_file()
     assert len(list((pages / "validations").rglob("*.html"))) == 3
     with Image.open(layout.validation_dir / "quarantine.png") as sheet:
-        assert sheet.size == (960, 8 * 204)
+        assert sheet.size == (960, 30 + 8 * 230)  # a title over eight rows of six
+    assert (layout.validation_dir / "decodes.png").read_bytes() != (
+        layout.validation_dir / "quarantine.png"
+    ).read_bytes()
+
+
+def test_a_name_is_told_and_drawn_in_one_line(tmp_path: Path) -> None:
+    assert listed(["cat/a\nb\u202e.png", "たぬき/é.png"]) == "cat/a\\nb\\u202e.png, たぬき/é.png"
+    sheet = contact_sheet([Tile(tmp_path / "none", "cat/a\nb.png", "c\n" * 99)] * 50, "a\ntitle")
+    assert sheet.size == (960, 30 + 8 * 230)
+
+
+def test_there_is_a_picture_of_what_is_behind_each_unmet_expectation(layout: Layout) -> None:
+    rows = good()
+    for number, row in enumerate(rows.rows):
+        brightness = 0.0 if number == 3 else 100.0 + number % 7
+        rows.rows[number] = replace(row, facts=replace(row.facts, brightness=brightness))
+    Path(layout.raw / "cat").mkdir(parents=True)
+    Image.new("RGB", (64, 64), "navy").save(layout.raw / "cat" / "003.png")
+    report = validate(layout, rows.add("cat", path="cat/small.png", size=(2, 2), brightness=100.0))
+    assert (report.quarantined_per_expectation, report.flagged_per_expectation) == (
+        {"large enough": 1},
+        {"usual brightness": 1},
+    )
+    pictures = {path.stem for path in layout.validation_dir.glob("*.png")}
+    assert pictures == {"quarantine", "large_enough", "usual_brightness"}
+    with Image.open(layout.validation_dir / "usual_brightness.png") as sheet:
+        assert sheet.getpixel((80, 30 + 80)) == (0, 0, 128)
 
 
 def test_photos_that_carry_two_labels_are_found(material: Path, layout: Layout) -> None:
@@ -249,3 +303,194 @@ def test_photos_that_carry_two_labels_are_found(material: Path, layout: Layout) 
     assert all("under another label" in reason for reason in found.values())
     with Image.open(layout.validation_dir / "quarantine.png") as sheet:
         assert sheet.width == 960
+
+
+# --- the class map ----------------------------------------------------------------------------------------------------
+
+
+def ids(layout: Layout) -> dict[str, int]:
+    accepted = read_manifest(layout.accepted)
+    return {str(label): int(number) for label, number in zip(accepted["label"], accepted["class_id"], strict=True)}
+
+
+def kept(layout: Layout) -> tuple[bytes, ...]:
+    return tuple(path.read_bytes() for path in (layout.accepted, layout.classes, layout.accepted_summary))
+
+
+def with_class(label: str) -> Rows:
+    return good().add_class(label, **GOOD)
+
+
+def test_a_new_class_is_appended_to_the_others_and_told_as_often_as_asked(layout: Layout) -> None:
+    assert validate(layout, good()).new_classes == []
+    report = validate(layout, with_class("aardvark"))
+    assert ids(layout) == {"cat": 0, "dog": 1, "aardvark": 2}
+    assert class_names(read_manifest(layout.accepted)) == ("cat", "dog", "aardvark")
+    assert (report.new_classes, report.vanished_classes, report.renamed_classes) == (["aardvark"], [], {})
+    assert report.warnings == [
+        "data/raw: 1 class has come since the last accepted set: aardvark (46). It is appended to the outputs."
+    ]
+    first = kept(layout)
+    assert validate(layout, with_class("aardvark")) == report
+    assert kept(layout) == first
+
+
+def test_a_vanished_class_keeps_its_id_and_comes_back_with_it(layout: Layout) -> None:
+    validate(layout, with_class("bat"))
+    before = kept(layout)[0]
+    report = validate(layout, good().add_class("zebra", **{**GOOD, "test": 9}))
+    assert ids(layout) == {"cat": 1, "dog": 2, "zebra": 3}
+    assert class_names(read_manifest(layout.accepted)) == ("cat", "dog", "zebra")
+    assert report.renamed_classes == {"zebra": "bat"}
+    report = validate(layout, good())
+    assert report.vanished_classes == ["zebra"]
+    assert "zebra. Its id stays its own" in report.warnings[0]
+    assert [each["present"] for each in json.loads(layout.classes.read_bytes())["classes"]] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    validate(layout, with_class("bat"))
+    assert ids(layout)["bat"] == 0
+    assert kept(layout)[0] == before, "the same data are the same bytes, whatever came in between"
+
+
+def test_a_set_that_stops_numbers_nothing(layout: Layout) -> None:
+    validate(layout, good())
+    first = kept(layout)[1:]
+    with pytest.raises(DataError, match="fewer than 5 images: owl"):
+        validate(layout, good().add("owl"))
+    assert (layout.classes.read_bytes(), layout.accepted_summary.read_bytes()) == first
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "list", "other version"])
+def test_a_damaged_history_is_told_with_a_remedy_and_never_made_anew(layout: Layout, damage: str) -> None:
+    rows = rows_to_frame(good().rows)
+    write_manifest(layout.images, rows)
+    write_class_map(layout.classes, ClassMap().with_accepted(["cat", "dog"]))
+    write_history(layout.accepted_summary, now=summarise(rows), before=None)
+    for path in (layout.accepted_summary, layout.classes):
+        whole = path.read_bytes()
+        content = {**json.loads(whole), "format_version": 2}
+        content.pop("digest")
+        damaged = {
+            "flip": whole.replace(b"dog", b"dug"),
+            "cut": whole[: len(whole) // 2],
+            "empty": b"",
+            "list": b"[1]",
+            "other version": json.dumps(sealed(content)).encode(),
+        }[damage]
+        path.write_bytes(damaged)
+        with pytest.raises(
+            DataError, match=rf"{path.name}.*dvc checkout --force data/manifest/{path.name}`.*remove the file"
+        ):
+            validate_data.run(layout, validate_data=PARAMS)
+        assert path.read_bytes() == damaged
+
+
+@settings(max_examples=50)
+@given(st.lists(st.frozensets(st.text(max_size=3)), max_size=6))
+def test_an_id_never_moves_and_is_never_given_twice(sets: list[frozenset[str]]) -> None:
+    class_map = ClassMap()
+    for labels in sets:
+        later = class_map.with_accepted(labels)
+        assert later.labels[: len(class_map.labels)] == class_map.labels
+        assert labels == later.present <= set(later.labels)
+        assert len(later.ids) == len(later.labels)
+        assert later == later.with_accepted(labels)
+        class_map = later
+
+
+def test_a_written_class_map_reads_as_it_was(tmp_path: Path) -> None:
+    class_map = ClassMap().with_accepted(["たぬき", "b\n", "a"]).with_accepted(["a", "0"])
+    write_class_map(tmp_path / "classes.json", class_map)
+    assert read_class_map(tmp_path / "classes.json") == class_map
+    assert class_map.ids == {"a": 0, "b\n": 1, "たぬき": 2, "0": 3}
+
+
+def test_a_class_whose_images_lie_under_another_name_is_told_as_renamed() -> None:
+    before = with_class("hound")
+    rows = Rows()
+    rows.rows = [replace(row, label="terrier") if row.label == "hound" else row for row in before.rows]
+    rows.add_class("newt", **GOOD)
+    rows.rows = [row for row in rows.rows if row.label != "terrier" or int(row.facts.sha256, 16) % 5]  # a fifth is lost
+    found = judged(rows, after=before)
+    changed = found.classes.set_index("label")
+    assert list(changed.index[changed["new"] > 0]) == ["newt"]
+    assert changed.loc["terrier", "earlier_label"] == "hound"
+    assert changed["vanished"].sum() == 0
+    assert any("by their images: hound is now terrier." in warning for warning in found.warnings)
+
+
+# --- unusual images ---------------------------------------------------------------------------------------------------
+
+
+def test_images_unlike_the_others_are_named_and_stay() -> None:
+    rows = good()
+    for number, row in enumerate(rows.rows):
+        facts = replace(row.facts, mode="RGB", format="JPEG", brightness=100.0 + number % 7, sharpness=50.0 + number)
+        rows.rows[number] = replace(row, facts=facts)
+    for number, changes in ((3, {"mode": "CMYK"}), (5, {"format": "GIF"}), (7, {"brightness": 2.0})):
+        rows.rows[number] = replace(rows.rows[number], facts=replace(rows.rows[number].facts, **changes))
+    found = judged(rows)
+    assert found.warnings == [
+        "data/raw: 1 image is of a colour mode that few others have: cat/003.png (mode CMYK).",
+        "data/raw: 1 image is of a format that few others have: cat/005.png (format GIF).",
+        "data/raw: 1 image is of unusual brightness: cat/007.png (brightness 2.0, -34.1 deviations from the median).",
+    ]
+    assert (found.quarantined, found.stops, len(found.accepted)) == ({}, [], 92)
+    assert judged(rows, max_robust_z=40, min_kind_fraction=0.01).warnings == []
+
+
+def test_outliers_are_asked_for_only_where_there_is_something_usual() -> None:
+    few = pd.Series([1.0, 2.0, 3.0, 900.0])
+    assert robust_z(few).isna().all()
+    assert robust_z(pd.Series([5.0] * 99 + [900.0])).isna().all()
+    normal = pd.Series(np.random.default_rng(0).normal(3, 2, 5000))
+    assert robust_z(normal).std() == pytest.approx(1, abs=0.05)
+
+
+def test_near_duplicates_under_two_labels_are_named_with_each_other() -> None:
+    rows = good()
+    rows.add("cat", path="cat/x.png", group="f" * 16).add("dog", path="dog/y.png", group="f" * 16)
+    rows.add("dog", path="dog/z.png", group="f" * 16)
+    (warning,) = judged(rows).warnings
+    assert "3 images are all but the same as an image under another label" in warning
+    assert "cat/x.png (looks like dog/y.png), dog/y.png (looks like cat/x.png), dog/z.png (looks like cat/x" in warning
+
+
+# --- shift ------------------------------------------------------------------------------------------------------------
+
+
+def bright(mean: float, *, cats: int = 200, dogs: int = 200, seed: int = 0) -> Rows:
+    rng = np.random.default_rng(seed)
+    rows = Rows()
+    for number in range(cats + dogs):
+        label, split = "cat" if number < cats else "dog", SPLITS[number % 3]
+        rows.add(label, split, sha256=f"{rng.integers(2**62):064x}", brightness=float(rng.normal(mean, 20)))
+    return rows
+
+
+def test_another_draw_of_the_same_pictures_is_no_shift() -> None:
+    assert judged(bright(120, seed=1), after=bright(120)).warnings == []
+
+
+def test_darker_pictures_and_another_mix_are_told_each() -> None:
+    warnings = judged(bright(90, cats=350, dogs=50, seed=1), after=bright(120)).warnings
+    assert [warning.split(" of the images moved")[0] for warning in warnings] == [
+        "data/raw: the class mix",
+        "data/raw: the brightness",
+    ]
+    assert all("validate_data.max_shift is 0.25" in warning for warning in warnings)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 500), min_size=2, max_size=9))
+def test_a_set_has_not_moved_from_itself(counts: list[int]) -> None:
+    assert stability_index(counts, counts) == 0.0
+
+
+def test_the_stability_index_is_what_it_is_known_to_be() -> None:
+    # (0.9 - 0.5) ln(0.9 / 0.5) + (0.1 - 0.5) ln(0.1 / 0.5); chance and smoothing are small for so many
+    assert stability_index([50_000, 50_000], [90_000, 10_000]) == pytest.approx(0.8789, abs=1e-3)
