@@ -18,6 +18,7 @@ from deploy.files import atomic_path, write_text
 from tasks.data.complaints import listed
 from tasks.data.contact_sheet import Tile, contact_sheet
 from tasks.data.expectations import Validator, expectations
+from tasks.data.image_store import open_images
 from tasks.data.judgement import judge
 from tasks.data.manifest import read_manifest, write_manifest
 from tasks.data.splits import SPLITS
@@ -113,6 +114,7 @@ def _write_contact_sheet(layout: "Layout", reasons: Mapping[str, str]) -> None:
     """A picture of what was left out, where anything was."""
     if not reasons:
         return
-    tiles = [Tile(layout.raw / path, path, reason) for path, reason in reasons.items()]
+    images = open_images(layout.raw)
+    tiles = [Tile(images.file(path), path, reason) for path, reason in reasons.items()]
     with atomic_path(layout.validation_dir / "quarantine.png") as temporary:
         contact_sheet(tiles).save(temporary, format="PNG")

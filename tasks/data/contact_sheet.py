@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from deploy.errors import ImageError
+from deploy.files import Readable
 from deploy.images import decode_image
 
 TILE_PX = 160
@@ -20,7 +20,7 @@ CAPTION_CHARACTERS = 26
 class Tile:
     """An image file and two lines that say what it is."""
 
-    file: Path
+    file: Readable
     name: str
     caption: str
 
@@ -45,7 +45,7 @@ def contact_sheet(tiles: Sequence[Tile]) -> Image.Image:
     return sheet
 
 
-def _thumbnail(file: Path) -> Image.Image:
+def _thumbnail(file: Readable) -> Image.Image:
     side = TILE_PX - 8
     try:
         picture = Image.fromarray(decode_image(file.read_bytes()))
