@@ -18,8 +18,10 @@ from typing import BinaryIO, Final, Self
 from deploy.files import sha256_bytes, sync_directory, write_text
 from tasks.data.image_files import list_images
 from tasks.data.image_store import (
+    BLOCK_BYTES,
     DIGEST_DIGITS,
     EDITS_NAME,
+    END_OF_TAR,
     SHARD_NAME,
     DataLayout,
     ShardImages,
@@ -36,7 +38,6 @@ from tasks.params import load_params
 from tasks.progress import progress
 
 PART_NAME: Final = ".tanuki-add-shard"
-END_OF_TAR: Final = bytes(2 * tarfile.BLOCKSIZE)
 
 
 class ShardWriter:
@@ -79,7 +80,7 @@ class ShardWriter:
             name: Its path in data/raw, which no other image has.
             data: Its bytes.
         """
-        pieces = [_header(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
+        pieces = [_header(name, len(data)), data, bytes(-len(data) % BLOCK_BYTES)]
         if self._names and self._size_bytes + sum(map(len, pieces)) + len(END_OF_TAR) > self._shard_bytes:
             self._end_shard()
         self._write(*pieces)
@@ -122,8 +123,15 @@ def shard_bytes(layout: Layout) -> int | None:
 
 
 def change_layout(layout: Layout) -> str:
-    """Brings data/raw into the layout that params.yaml names; says what was done."""
+    """Brings data/raw into the layout that params.yaml names; says what was done.
+
+    Raises:
+        DataError: If it holds no images, or the same path in a shard and as a file, with other bytes.
+        StoreError: If a shard is damaged.
+    """
     data = load_params(layout.params).data
+    if not shard_paths(layout.raw) and not list_images(layout.raw).images:
+        raise DataError(f"{layout.raw} holds no images. `tanuki add FOLDER` will write them in {data.layout}.")
     number = bring_into(layout.raw, data.layout, shard_bytes=int(data.shard_mb * 1e6))
     where = f"{len(shard_paths(layout.raw)):,} shards" if data.layout == "shards" else "folders, a file an image"
     return f"{number:,} images were moved: {layout.raw} now holds all of them in {where}."

@@ -90,7 +90,7 @@ def labelled_images(paths: Iterable[str]) -> tuple[ImageFile, ...]:
     Args:
         paths: Of all images of a set; posix, with a folder at least.
     """
-    parts_of = {path: PurePosixPath(path).parts for path in paths}
+    parts_of = {path: path.split("/") for path in paths}
     classes = {parts[0] for parts in parts_of.values() if len(parts) == 2}  # images lie directly in these
     images = []
     for path, parts in parts_of.items():

@@ -1,5 +1,6 @@
 """Shards as a person meets them: changes of layout, adding, kills, and DVC bringing a damaged shard back."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from flows.ingest import PART_PREFIX, add_images
 from flows.shards import PART_NAME, bring_into, change_layout
 from flows.workspace import track_raw
 from tasks.data.image_store import open_images, shard_paths
-from tasks.errors import StoreError
+from tasks.errors import DataError, StoreError
 from tasks.layout import Layout
-from tests.conftest import Workspace, write_digits
+from tests.conftest import Workspace, prepared, write_digits
 from tests.flows.test_ingest import put, tree
 from tests.tasks.test_image_store import IMAGES, SHARD_BYTES, contents, digests
 
@@ -130,6 +131,12 @@ def test_a_kill_while_images_are_added_to_shards_changes_no_byte_of_what_comes_o
     assert digests(raw) == digests(tmp_path / "whole")
 
 
+def test_without_images_there_is_nothing_to_lay_out_anew(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes((repository / "params.yaml").read_bytes())
+    with pytest.raises(DataError, match=r"holds no images.*tanuki add FOLDER"):
+        change_layout(Layout(tmp_path))
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -165,3 +172,23 @@ def test_a_workspace_lives_in_shards_and_dvc_brings_a_damaged_one_back(
     change_layout(Layout(workspace.root))
     assert set(in_folders) | {"c/1.png"} == set(contents(raw))
     assert open_images(raw).layout == "folders"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_pipeline_over_shards_comes_to_the_same_model(
+    tmp_path_factory: pytest.TempPathFactory, prefect_home: Path, digits: Path
+) -> None:
+    workspace = prepared(tmp_path_factory.mktemp("sharded") / "workspace", prefect_home, digits)
+    data = workspace.root / "data"
+    workspace.dvc("repro")
+    made = [data / "manifest" / "accepted.parquet", data / "bundle" / "model.onnx", data / "features"]
+    before = [digests(path) if path.is_dir() else sha256_file(path) for path in made]
+    workspace.set_param("data.layout", "shards")
+    workspace.set_param("data.shard_mb", 0.05)
+    workspace.tanuki("layout")
+    workspace.dvc("repro")
+    assert [digests(path) if path.is_dir() else sha256_file(path) for path in made] == before
+    assert json.loads((data / "reports" / "index_images.json").read_text())["decoded"] == 0
+    assert json.loads((data / "reports" / "cache_features.json").read_text())["extracted"] == 0
+    assert len(shard_paths(data / "raw")) > 3
