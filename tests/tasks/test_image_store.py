@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from deploy.files import sha256_file
 from flows.shards import ShardWriter, bring_into, edit_images
 from tasks import cache_features, index_images
+from tasks.data.contact_sheet import Tile, contact_sheet
 from tasks.data.image_store import EDITS_NAME, open_images, require_layout, shard_paths
 from tasks.errors import DataError, StoreError
 from tasks.layout import Layout
@@ -285,6 +286,19 @@ def test_a_change_of_layout_decodes_nothing_and_extracts_no_feature(tmp_path: Pa
     assert layout.images.read_bytes() == manifest
     assert cache_features.run(layout, features=FEATURES, augment=AUGMENT).extracted == 0
     assert digests(layout.features_dir) == features
+
+
+def test_a_contact_sheet_is_the_same_picture(tmp_path: Path) -> None:
+    raw = make_workspace(tmp_path, {"ant": 3, "bee": 2}).raw
+    paths = sorted(contents(raw))
+
+    def sheet() -> bytes:
+        images = open_images(raw)
+        return contact_sheet([Tile(images.file(path), path, "") for path in (*paths, "ant/gone.png")]).tobytes()
+
+    before = sheet()
+    bring_into(raw, "shards", shard_bytes=5000)
+    assert sheet() == before
 
 
 def test_a_stage_stops_at_a_damaged_shard_with_one_message(tmp_path: Path) -> None:
