@@ -7,9 +7,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 CHUNK_BYTES = 1 << 20
+
+
+class Readable(Protocol):
+    """A file that is read as a whole: a Path, or a part of an archive. Its text is a name for messages."""
+
+    def read_bytes(self) -> bytes: ...
+
+    def is_file(self) -> bool: ...
 
 
 @contextmanager

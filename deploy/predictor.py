@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.errors import BundleError, ImageError
+from deploy.files import Readable
 from deploy.images import decode_image
 from deploy.machine import available_cores
 from deploy.runtime import open_session
@@ -115,7 +115,7 @@ class Predictor:
         batches = [np.concatenate(pixels[i : i + BATCH_SIZE]) for i in range(0, len(pixels), BATCH_SIZE)]
         return self._joined(list(self._each(self._answers, batches)))
 
-    def score_files(self, paths: Iterable[Path]) -> Predictions:
+    def score_files(self, paths: Iterable[Readable]) -> Predictions:
         """Answers for files that must all be readable, such as a test set; memory does not grow with their pixels.
 
         Raises:
@@ -142,11 +142,11 @@ class Predictor:
         """
         return [answer for chunk in _chunks(pictures) for answer in self._answer_chunk(chunk, top_k)]
 
-    def predict_files(self, paths: Sequence[Path], *, top_k: int = 5) -> list[Answer]:
+    def predict_files(self, paths: Sequence[Readable], *, top_k: int = 5) -> list[Answer]:
         """Answers for files; one that is missing or cannot be read has an error in its place."""
         return [answer for chunk in _chunks(paths) for answer in self._answer_chunk(chunk, top_k)]
 
-    def _answer_chunk(self, chunk: Sequence[Path] | Sequence[tuple[str, bytes]], top_k: int) -> list[Answer]:
+    def _answer_chunk(self, chunk: Sequence[Readable] | Sequence[tuple[str, bytes]], top_k: int) -> list[Answer]:
         decoded = list(self._each(_decode, chunk))
         rows = iter(self.predict([image for _, image in decoded if not isinstance(image, ImageError)]).probabilities)
         return [
@@ -181,11 +181,11 @@ class Predictor:
         return Predictions(np.concatenate(probabilities), np.concatenate(embeddings))
 
 
-def _decode(picture: Path | tuple[str, bytes]) -> tuple[str, UInt8 | ImageError]:
+def _decode(picture: Readable | tuple[str, bytes]) -> tuple[str, UInt8 | ImageError]:
     """Name and pixels of a picture, or why there are none."""
-    source = str(picture) if isinstance(picture, Path) else picture[0]
+    source = picture[0] if isinstance(picture, tuple) else str(picture)
     try:
-        data = picture.read_bytes() if isinstance(picture, Path) else picture[1]
+        data = picture[1] if isinstance(picture, tuple) else picture.read_bytes()
         return source, decode_image(data)
     except ImageError as error:
         return source, ImageError(f"{source}: {error}")

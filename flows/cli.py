@@ -70,12 +70,25 @@ def add(
 ) -> None:
     """Copy labelled images into data/raw, each checked and none twice, and put them under DVC."""
     from flows.ingest import add_images
+    from flows.shards import shard_bytes
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "add"):
-        report = add_images(source, layout.raw, replace=replace)
+        report = add_images(source, layout.raw, replace=replace, shard_bytes=shard_bytes(layout))
         track_raw(layout)
     _print_json(asdict(report)) if as_json else _tell_added(report)
+
+
+@app.command("layout")
+def change_layout(context: typer.Context) -> None:
+    """Bring data/raw into the layout that data.layout of params.yaml names: a file an image, or shards."""
+    from flows.shards import change_layout
+
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "layout"):
+        out.print(change_layout(layout))
+        track_raw(layout)
+    out.print("Next: [bold]tanuki retrain[/] comes to the same model; no image is decoded again")
 
 
 @app.command()
@@ -300,8 +313,10 @@ def _prepare_raw(layout: Layout, *, sample: bool) -> None:
 
 def _lay_out_sample(layout: Layout) -> None:
     from flows.sample import lay_out_sample
+    from flows.shards import change_layout
 
     number = lay_out_sample(layout.raw)
+    change_layout(layout)
     track_raw(layout)
     asides.print(f"{number} handwritten digits are in {os.path.relpath(layout.raw)}, tracked by DVC.")
 

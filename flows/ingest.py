@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from deploy.errors import ImageError
-from deploy.files import sha256_bytes, sha256_file
+from deploy.files import sha256_bytes
 from deploy.images import decode_image
 from deploy.machine import available_cores
 from flows.sample import LABELS as SAMPLE_LABELS
-from flows.sample import is_sample
+from flows.sample import MAX_FILE_BYTES, is_sample
+from flows.shards import ShardWriter, free_path, remove_shards
 from tasks.data.image_files import SPLIT_FOLDERS, ImageFile, Listing, list_images
+from tasks.data.image_store import ImageStore, open_images
 from tasks.errors import DataError
 from tasks.progress import progress
 
@@ -99,31 +101,41 @@ class _Choice:
     repeated: int = 0
 
 
-def add_images(source: Path, raw: Path, *, replace: bool = False) -> AddReport:
+def add_images(source: Path, raw: Path, *, replace: bool = False, shard_bytes: int | None = None) -> AddReport:
     """Copies the images of a folder of classes into ``raw``, each at most once and never over another.
 
     Args:
         source: A folder a class, or train/val(idation)/test folders of classes. Stays as it is.
         raw: Becomes ``raw/LABEL/...`` or ``raw/SPLIT/LABEL/...``.
         replace: Drop the sample set first, where ``raw`` holds nothing else.
+        shard_bytes: Write new shards of this size; None: a file an image.
 
     Raises:
         DataError: If the source holds no image that can be added, or would mix with what is in ``raw``.
     """
     listing = _listing(source, raw)
-    present = list_images(raw)
-    sample = _sample_to_replace(listing, present, raw, replace=replace)
+    store = open_images(raw)
+    present = store.listing()
+    sample = _sample_to_replace(listing, present, raw, store, replace=replace)
     _check_split_names(listing, present)
     existing = (
-        {} if sample else _labels_by_content(raw, present, {_size(source / image.path) for image in listing.images})
+        {} if sample else _labels_by_content(store, present, {_size(source / image.path) for image in listing.images})
     )
     checked = _check_all(source, listing.images, frozenset(existing))
     choice = _choose(checked, existing)
     if not choice.copied and not choice.known:
         raise DataError(f"No image of {source} can be added:\n" + "\n".join(_named(choice.refused)))
-    _remove(raw, (*_parts(raw), *(raw / image.path for image in sample)))
-    copies = progress(choice.copied, total=len(choice.copied), what="copying")
-    changed = {each.image.path for each in copies if not _copy(source, raw, each)}
+    _remove(raw, _parts(raw))
+    if sample and store.layout == "shards":
+        remove_shards(raw)
+    else:
+        _remove(raw, (raw / image.path for image in sample))
+    if shard_bytes is None:
+        copies = progress(choice.copied, total=len(choice.copied), what="copying")
+        changed = {each.image.path for each in copies if not _copy(source, raw, each)}
+    else:
+        taken = {image.path for image in present.images} - {image.path for image in sample}
+        changed = _copy_to_shards(source, raw, choice.copied, taken, shard_bytes)
     counts = Counter(each.image.label for each in choice.copied if each.image.path not in changed)
     return AddReport(
         added=sum(counts.values()),
@@ -156,13 +168,21 @@ def _listing(source: Path, raw: Path) -> Listing:
     return listing
 
 
-def _sample_to_replace(listing: Listing, present: Listing, raw: Path, *, replace: bool) -> tuple[ImageFile, ...]:
+def _sample_to_replace(
+    listing: Listing, present: Listing, raw: Path, store: ImageStore, *, replace: bool
+) -> tuple[ImageFile, ...]:
     """The sample set's images to remove; none where it is not there or may stay.
 
     Raises:
         DataError: If other classes would be mixed with the sample set, or ``replace`` would remove somebody's images.
     """
-    sample = tuple(image for image in present.images if image.label in SAMPLE_LABELS and is_sample(raw / image.path))
+    sample = tuple(
+        image
+        for image in present.images
+        if image.label in SAMPLE_LABELS
+        and store.size_bytes(image.path) <= MAX_FILE_BYTES
+        and is_sample(store.file(image.path).read_bytes())
+    )
     if not sample:
         return ()
     others = sorted({image.path for image in present.images} - {image.path for image in sample})
@@ -194,12 +214,12 @@ def _check_split_names(listing: Listing, present: Listing) -> None:
         )
 
 
-def _labels_by_content(raw: Path, present: Listing, sizes: set[int]) -> dict[str, dict[str, str]]:
+def _labels_by_content(store: ImageStore, present: Listing, sizes: set[int]) -> dict[str, dict[str, str]]:
     """By sha256, the labels that raw has these bytes under, each with a path; files of other sizes are not read."""
-    alike = [image for image in present.images if _size(raw / image.path) in sizes]
+    alike = [image for image in present.images if store.size_bytes(image.path) in sizes]
     found: dict[str, dict[str, str]] = {}
     with ThreadPoolExecutor(available_cores()) as pool:
-        digests = pool.map(lambda image: sha256_file(raw / image.path), alike)
+        digests = pool.map(lambda image: sha256_bytes(store.file(image.path).read_bytes()), alike)
         for image, sha256 in zip(alike, progress(digests, total=len(alike), what="what is there"), strict=True):
             found.setdefault(sha256, {}).setdefault(image.label, image.path)
     return found
@@ -287,6 +307,25 @@ def _copy(source: Path, raw: Path, checked: _Checked) -> bool:
     finally:
         part.unlink(missing_ok=True)
     return True
+
+
+def _copy_to_shards(source: Path, raw: Path, checked: list[_Checked], taken: set[str], shard_bytes: int) -> set[str]:
+    """Writes images into new shards, in the order of their places; paths of those that are no longer what was checked.
+
+    The order is that of a run which was never killed: what is left of it fills the same shards.
+    """
+    ordered = sorted(checked, key=lambda each: str(_place(each.image)))
+    changed: set[str] = set()
+    with ShardWriter(raw, shard_bytes=shard_bytes) as writer:
+        for each in progress(ordered, total=len(ordered), what="copying"):
+            data = (source / each.image.path).read_bytes()
+            if sha256_bytes(data) != each.sha256:
+                changed.add(each.image.path)
+                continue
+            path = free_path(_place(each.image), data, taken)
+            taken.add(path)
+            writer.add(path, data)
+    return changed
 
 
 def _place(image: ImageFile) -> PurePosixPath:

@@ -20,6 +20,7 @@ from deploy.predictor import Predictor
 from deploy.registry import Registry, Version
 from flows import workspace
 from flows.graph import read_stages
+from tasks.data.image_store import open_images
 from tasks.gate import Decision, Scores, decide
 from tasks.layout import Layout
 from tasks.params import load_params
@@ -181,14 +182,15 @@ def _scores(
     layout: Layout, challenger: Bundle, champion: Bundle | None, test: TestImages
 ) -> tuple[Scores, Scores | None]:
     """Both models' answers on the test images, and their latencies measured in turns."""
-    pictures = [(layout.raw / path).read_bytes() for path in test.paths[:8]]
+    images = open_images(layout.raw)
+    pictures = [images.file(path).read_bytes() for path in test.paths[:8]]
     with Predictor(challenger) as now:
         if champion is None:
             (latency,) = measure_latency([now], pictures, runs=20)
             return Scores(challenger.labels, test.probabilities, latency.p50_s, challenger.size_bytes), None
         with Predictor(champion) as before:
             logger.info("the champion answers today's %d test images", len(test.paths))
-            answers = before.score_files([layout.raw / path for path in test.paths])
+            answers = before.score_files([images.file(path) for path in test.paths])
             latencies = measure_latency([now, before], pictures, runs=20)
     return (
         Scores(challenger.labels, test.probabilities, latencies[0].p50_s, challenger.size_bytes),

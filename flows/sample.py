@@ -53,12 +53,12 @@ def sample_images() -> dict[str, bytes]:
     return images
 
 
-def is_sample(file: Path) -> bool:
-    """Whether a file holds one of the digits, whoever compressed it."""
-    if file.stat().st_size > MAX_FILE_BYTES:
+def is_sample(data: bytes) -> bool:
+    """Whether an encoded picture, of at most `MAX_FILE_BYTES`, is one of the digits, whoever compressed it."""
+    if len(data) > MAX_FILE_BYTES:
         return False
     try:
-        pixels = decode_image(file.read_bytes(), max_pixels=SIDE_PX**2)
+        pixels = decode_image(data, max_pixels=SIDE_PX**2)
     except ImageError:
         return False
     return pixels.shape == (SIDE_PX, SIDE_PX, 3) and pixels[:, :, 0].tobytes() in _known_digits()

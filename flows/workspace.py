@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 from deploy.errors import TanukiError
 from flows.dvc_files import is_torn, keep_lock, mend
 from flows.graph import downstream, read_stages
+from tasks.data.image_store import is_whole, refuse_damaged, shard_paths
 from tasks.layout import Layout
 
 TEMPORARY_FAILURE = 75
@@ -172,7 +173,14 @@ def dvc(layout: Layout, *arguments: str) -> str:
 
 
 def track_raw(layout: Layout) -> None:
-    """Puts data/raw as it is now under DVC: the bytes into its cache, the pointer into data/raw.dvc."""
+    """Puts data/raw as it is now under DVC: the bytes into its cache, the pointer into data/raw.dvc.
+
+    Raises:
+        StoreError: If a shard was damaged since: DVC would take it for a new version and point at that.
+    """
+    since = layout.raw_pointer.stat().st_mtime_ns if layout.raw_pointer.is_file() else 0
+    changed = [shard for shard in shard_paths(layout.raw) if shard.stat().st_mtime_ns >= since]
+    refuse_damaged([shard for shard in changed if not is_whole(shard)])
     dvc(layout, "--wait-for-lock", "add", "--quiet", str(layout.raw.relative_to(layout.root)))
 
 

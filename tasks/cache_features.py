@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -22,12 +21,13 @@ import onnx
 from numpy.typing import NDArray
 
 from deploy.errors import ImageError
-from deploy.files import sha256_bytes
+from deploy.files import Readable, sha256_bytes
 from deploy.images import decode_image
 from deploy.machine import available_cores
 from deploy.runtime import open_session
 from tasks.data.feature_store import FeatureStore, Key, not_storable, writing
 from tasks.data.features import ENGINE, feature_space
+from tasks.data.image_store import ImageStore, open_images
 from tasks.data.manifest import read_manifest
 from tasks.data.views import CENTRE, apply_view, is_crop, training_views
 from tasks.errors import DataError, StoreError
@@ -73,7 +73,7 @@ class CacheFeaturesReport:
 class Work:
     """One picture and the views of it to compute."""
 
-    path: Path
+    path: Readable
     sha256: str
     views: tuple[str, ...]
 
@@ -148,7 +148,7 @@ def run(layout: Layout, *, features: FeaturesParams, augment: AugmentParams) -> 
         min_area_fraction=augment.min_area_fraction,
         hflip=augment.hflip,
     )
-    wanted = _wanted(images, layout.raw, views)
+    wanted = _wanted(images, open_images(layout.raw), views)
     _refuse_missing(wanted)
     extractor = _open_extractor(layout, card, augment)
     with writing(layout.features_dir, feature_space(card)) as store:
@@ -171,13 +171,13 @@ def run(layout: Layout, *, features: FeaturesParams, augment: AugmentParams) -> 
     )
 
 
-def _wanted(images: pd.DataFrame, raw: Path, views: tuple[str, ...]) -> list[Work]:
+def _wanted(images: pd.DataFrame, store: ImageStore, views: tuple[str, ...]) -> list[Work]:
     """Each distinct picture and its views, in the order of content: the order of the shards hangs on no file name."""
     work: dict[str, Work] = {}
     for path, sha, split in images[["path", "sha256", "split"]].astype(str).to_numpy().tolist():
         mine = views if split == "train" else (CENTRE,)
         if sha not in work or len(mine) > len(work[sha].views):
-            work[sha] = Work(raw / path, sha, mine)
+            work[sha] = Work(store.file(path), sha, mine)
     return [work[sha] for sha in sorted(work)]
 
 

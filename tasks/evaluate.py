@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deploy.bundle import Bundle, read_bundle
-from deploy.files import atomic_path, sha256_bytes, sha256_file, write_json, write_text
+from deploy.files import Readable, atomic_path, sha256_bytes, sha256_file, write_json, write_text
 from deploy.images import decode_image
 from deploy.latency import measure_latency
 from deploy.predictor import Predictor
 from tasks.data.features import load_features
+from tasks.data.image_store import open_images
 from tasks.data.manifest import read_manifest
 from tasks.errors import DataError, ImageError
 from tasks.evaluation.metrics import (
@@ -134,7 +135,8 @@ def run(layout: Layout, *, evaluate: EvaluateParams) -> EvaluateReport:
     images = read_manifest(layout.accepted)
     test = images[images["split"] == "test"].reset_index(drop=True)
     truth = _columns(test["label"], bundle.labels)
-    paths = [layout.raw / path for path in test["path"]]
+    store = open_images(layout.raw)
+    paths = [store.file(path) for path in test["path"]]
     with Predictor(bundle) as predictor:
         measured = _measure(bundle.labels, _answers(predictor, paths), truth, evaluate.calibration_bins)
         _write_latency(layout.evaluation_dir / "latency.json", predictor, paths, evaluate.latency_runs)
@@ -167,7 +169,7 @@ def _columns(texts: Iterable[str], labels: tuple[str, ...]) -> NDArray[np.int64]
     return np.array([column[text] for text in texts], dtype=np.int64)
 
 
-def _answers(predictor: Predictor, paths: Sequence[Path]) -> NDArray[np.float32]:
+def _answers(predictor: Predictor, paths: Sequence[Readable]) -> NDArray[np.float32]:
     """Probabilities of the test images, (N, C)."""
     try:
         return predictor.score_files(progress(paths, total=len(paths), what="evaluate")).probabilities
@@ -247,7 +249,7 @@ def _finetuned(layout: Layout) -> tuple[list[str], str]:
         raise DataError(f"{path} cannot be read ({error}). Run the stage finetune (dvc repro finetune).") from error
 
 
-def _write_latency(path: Path, predictor: Predictor, paths: Sequence[Path], runs: int) -> None:
+def _write_latency(path: Path, predictor: Predictor, paths: Sequence[Readable], runs: int) -> None:
     """Times the bundle on a few of the test images. The one file that is not the same twice."""
     few = [paths[index] for index in np.linspace(0, len(paths) - 1, LATENCY_PICTURES).astype(int)]
     (latency,) = measure_latency([predictor], [each.read_bytes() for each in few], runs=runs)
@@ -298,7 +300,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
     write_text(path, text.getvalue())
 
 
-def _draw(directory: Path, paths: Sequence[Path], measured: Measured, calibration_error: float) -> None:
+def _draw(directory: Path, paths: Sequence[Readable], measured: Measured, calibration_error: float) -> None:
     counts = np.zeros((len(measured.labels),) * 2, dtype=np.int64)
     np.add.at(counts, (measured.truth, measured.predicted), 1)
     draw_confusion(directory / "confusion.png", counts, measured.labels)
@@ -306,7 +308,7 @@ def _draw(directory: Path, paths: Sequence[Path], measured: Measured, calibratio
     draw_mistakes(directory / "worst_mistakes.png", _worst_mistakes(paths, measured))
 
 
-def _worst_mistakes(paths: Sequence[Path], measured: Measured) -> list[Mistake]:
+def _worst_mistakes(paths: Sequence[Readable], measured: Measured) -> list[Mistake]:
     """The mistakes of which the model was most sure."""
     wrong = np.flatnonzero(measured.predicted != measured.truth)
     sureness = measured.probabilities[wrong, measured.predicted[wrong]]

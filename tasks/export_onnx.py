@@ -18,6 +18,7 @@ from deploy.bundle import BundleFacts, write_bundle
 from deploy.files import sha256_bytes, sha256_file
 from deploy.images import decode_image
 from deploy.runtime import open_session
+from tasks.data.image_store import ImageStore, open_images
 from tasks.data.manifest import read_manifest
 from tasks.errors import BackboneError, DataError, ExportError
 from tasks.export.compose import compose, cut_at_seam
@@ -105,7 +106,8 @@ def run(layout: Layout, *, export_onnx: ExportOnnxParams) -> ExportReport:
     images = read_manifest(layout.accepted)
     parity = _checked_parity(layout, images, trained, (model, front, back), export_onnx)
     facts = BundleFacts(trained.head.labels, card.size_px, card.crop_fraction, card.mean, card.std, lineage)
-    golden = [_read_image(layout, row) for row in _golden_rows(images, export_onnx.golden_images)]
+    store = open_images(layout.raw)
+    golden = [_read_image(store, row) for row in _golden_rows(images, export_onnx.golden_images)]
     bundle = write_bundle(layout.bundle_dir, model=model, front=front, back=back, facts=facts, golden=golden)
     return ExportReport(
         path="finetuned" if kept else "head",
@@ -204,7 +206,8 @@ def _checked_parity(
         ExportError: If they are too far apart.
     """
     rows = _spread(images, export_onnx.parity_images)
-    pictures = [decode_image(_read_image(layout, row)) for row in rows]
+    store = open_images(layout.raw)
+    pictures = [decode_image(_read_image(store, row)) for row in rows]
     whole, front, back = (open_session(graph) for graph in graphs)
     parity = measure_parity(pictures, trained.reference, whole=whole, front=front, back=back)
     difference, agreement = parity.max_probability_difference, parity.top1_agreement
@@ -243,15 +246,15 @@ def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in rows[["path", "sha256"]].to_dict("records")]
 
 
-def _read_image(layout: Layout, row: dict[str, Any]) -> bytes:
+def _read_image(images: ImageStore, row: dict[str, Any]) -> bytes:
     """The bytes of a picture as they were indexed.
 
     Raises:
         DataError: If it has gone or changed.
     """
-    path = layout.raw / row["path"]
+    path = images.file(row["path"])
     try:
-        data: bytes = path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}). Run `dvc checkout`, or retrain.") from error
     if sha256_bytes(data) != row["sha256"]:

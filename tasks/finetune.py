@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save
 from deploy.files import sha256_bytes, sha256_file, write_bytes, write_json
 from deploy.machine import available_cores
 from deploy.runtime import open_session
+from tasks.data.image_store import open_images
 from tasks.data.manifest import read_manifest
 from tasks.data.views import CENTRE, view_names
 from tasks.errors import BackboneError
@@ -205,8 +206,9 @@ def _labelled(
 ) -> LabelledPixels:
     """The pictures of some rows of the manifest, with class indices in the head's order."""
     index_of = {label: index for index, label in enumerate(head.labels)}
+    store = open_images(layout.raw)
     pixels = PixelSource(
-        files=[layout.raw / path for path in rows["path"]],
+        files=[store.file(path) for path in rows["path"]],
         shas=rows["sha256"].tolist(),
         views=views,
         whole=sessions[0],

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from deploy.files import sha256_bytes
 from deploy.machine import available_cores
 from tasks.data.facts import image_facts
-from tasks.data.image_files import ImageFile, Listing, list_images
+from tasks.data.image_files import ImageFile, Listing
+from tasks.data.image_store import ImageStore, open_images, require_layout
 from tasks.data.manifest import (
     Facts,
     Row,
@@ -30,7 +31,7 @@ from tasks.progress import progress
 
 if TYPE_CHECKING:
     from tasks.layout import Layout
-    from tasks.params import IndexImagesParams
+    from tasks.params import DataParams, IndexImagesParams
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +68,20 @@ class IndexImagesReport:
     images_per_class: dict[str, dict[str, int]]
 
 
-def run(layout: "Layout", *, seed: int, index_images: "IndexImagesParams") -> IndexImagesReport:
+def run(layout: "Layout", *, seed: int, data: "DataParams", index_images: "IndexImagesParams") -> IndexImagesReport:
     """Writes the manifest of data/raw.
 
     Raises:
-        DataError: If there are no images, or only one class.
+        DataError: If there are no images, or only one class, or they do not lie as ``data.layout`` says.
+        StoreError: If a shard is damaged.
     """
-    listing = list_images(layout.raw)
+    images = open_images(layout.raw)
+    require_layout(images, data.layout, layout.raw)
+    listing = images.listing()
     _check(listing, layout.raw)
     known = read_known_facts(layout.images_partial) | read_known_facts(layout.images)
     max_pixels = round(index_images.max_megapixels * 1e6)
-    facts = _all_facts(layout, listing.images, known, max_pixels)
+    facts = _all_facts(layout, images, listing.images, known, max_pixels)
     rows = _rows(listing, facts, seed, index_images.val_fraction, index_images.test_fraction)
     write_manifest(layout.images, rows_to_frame(rows))
     layout.images_partial.unlink(missing_ok=True)
@@ -125,12 +129,12 @@ def _check(listing: Listing, raw: Path) -> None:
 
 
 def _all_facts(
-    layout: "Layout", images: tuple[ImageFile, ...], known: dict[str, Facts], max_pixels: int
+    layout: "Layout", store: ImageStore, images: tuple[ImageFile, ...], known: dict[str, Facts], max_pixels: int
 ) -> list[Facts]:
     """The facts of every image, in order; saves what it has every half a minute, so that a kill loses little."""
     facts: list[Facts] = []
     saved_at = time.monotonic()
-    for each in progress(_map_facts(layout.raw, images, known, max_pixels), total=len(images), what="index_images"):
+    for each in progress(_map_facts(store, images, known, max_pixels), total=len(images), what="index_images"):
         facts.append(each)
         if time.monotonic() - saved_at > SAVE_INTERVAL_S:
             rows = (
@@ -141,18 +145,20 @@ def _all_facts(
     return facts
 
 
-def _map_facts(raw: Path, images: tuple[ImageFile, ...], known: dict[str, Facts], max_pixels: int) -> Iterator[Facts]:
+def _map_facts(
+    store: ImageStore, images: tuple[ImageFile, ...], known: dict[str, Facts], max_pixels: int
+) -> Iterator[Facts]:
     """Facts of the images in order, on all cores. Threads: decoding and resizing leave the lock."""
     with ThreadPoolExecutor(available_cores()) as pool:
         try:
-            yield from pool.map(partial(_facts_of_file, raw, known, max_pixels), images)
+            yield from pool.map(partial(_facts_of_file, store, known, max_pixels), images)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _facts_of_file(raw: Path, known: dict[str, Facts], max_pixels: int, image: ImageFile) -> Facts:
+def _facts_of_file(store: ImageStore, known: dict[str, Facts], max_pixels: int, image: ImageFile) -> Facts:
     """Known facts where they still hold under ``max_pixels``, else new ones."""
-    data = (raw / image.path).read_bytes()
+    data = store.file(image.path).read_bytes()
     facts = known.get(sha256_bytes(data))
     if facts is not None and facts.error is None and facts.width * facts.height <= max_pixels:
         return facts

@@ -28,7 +28,7 @@ class Layout:
 
     @property
     def raw(self) -> Path:
-        """Labelled images: raw/LABEL/... or raw/SPLIT/LABEL/..., tracked by raw.dvc."""
+        """Labelled images: raw/LABEL/... or raw/SPLIT/LABEL/..., or shards of them, tracked by raw.dvc."""
         return self.data / "raw"
 
     @property

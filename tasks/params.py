@@ -26,6 +26,13 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class DataParams(Section):
+    """How the images of data/raw lie on the disk; what is trained does not depend on it."""
+
+    layout: Literal["folders", "shards"]
+    shard_mb: Annotated[float, Field(gt=0)]
+
+
 class BackboneParams(Section):
     """Which pretrained weights, and how pictures are put before them."""
 
@@ -170,6 +177,7 @@ class Params(Section):
     """The whole of params.yaml."""
 
     seed: Annotated[int, Field(ge=0)]
+    data: DataParams
     backbone: BackboneParams
     augment: AugmentParams
     index_images: IndexImagesParams

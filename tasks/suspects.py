@@ -18,6 +18,7 @@ import numpy as np
 from deploy.files import atomic_path, write_text
 from tasks.data.contact_sheet import Tile, contact_sheet
 from tasks.data.features import load_features
+from tasks.data.image_store import open_images
 from tasks.data.manifest import read_manifest
 from tasks.errors import DataError
 from tasks.models.backbone_card import read_card
@@ -104,6 +105,9 @@ def _write(layout: Layout, suspects: list[dict[str, str]]) -> None:
     layout.suspects_sheet.unlink(missing_ok=True)
     write_text(layout.suspects, buffer.getvalue())
     if suspects:
-        tiles = [Tile(layout.raw / row["path"], row["path"], f"{row['suggested']}?") for row in suspects]
+        images = open_images(layout.raw)
+        tiles = [
+            Tile(images.file(row["path"]), row["path"], f"{row['label']}, or {row['suggested']}?") for row in suspects
+        ]
         with atomic_path(layout.suspects_sheet) as temporary:
-            contact_sheet(tiles).save(temporary, format="PNG")
+            contact_sheet(tiles, "labels that look wrong").save(temporary, format="PNG")

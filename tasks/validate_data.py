@@ -19,6 +19,7 @@ from tasks.data.class_map import ClassMap, read_class_map, write_class_map
 from tasks.data.complaints import listed
 from tasks.data.contact_sheet import Tile, contact_sheet
 from tasks.data.expectations import Validator, expectations
+from tasks.data.image_store import open_images
 from tasks.data.judgement import Judgement, judge
 from tasks.data.manifest import read_manifest, write_manifest
 from tasks.data.set_summary import read_history, write_history
@@ -146,7 +147,8 @@ def _write_contact_sheets(layout: "Layout", judgement: Judgement) -> None:
     """A picture of what was left out, and one of the images behind each unmet expectation."""
     sheets = {"quarantine": judgement.quarantined} if judgement.quarantined else {}
     sheets |= {each.name: paths for each, paths in judgement.offenders.items()}
+    images = open_images(layout.raw)
     for title, remarks in sheets.items():
-        tiles = [Tile(layout.raw / path, path, remark) for path, remark in remarks.items()]
+        tiles = [Tile(images.file(path), path, remark) for path, remark in remarks.items()]
         with atomic_path(layout.validation_dir / f"{title.replace(' ', '_')}.png") as temporary:
             contact_sheet(tiles, f"not met: {title}" if title != "quarantine" else title).save(temporary, format="PNG")

@@ -3,11 +3,11 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from deploy.errors import ImageError
+from deploy.files import Readable
 from deploy.images import decode_image
 
 TILE_PX = 160
@@ -24,7 +24,7 @@ CAPTION_LINES = 3
 class Tile:
     """An image file, its name and what there is to say of it."""
 
-    file: Path
+    file: Readable
     name: str
     caption: str
 
@@ -71,7 +71,7 @@ def _wrapped(caption: str) -> str:
     return "\n".join(lines)
 
 
-def _thumbnail(file: Path) -> Image.Image:
+def _thumbnail(file: Readable) -> Image.Image:
     side = TILE_PX - 8
     try:
         picture = Image.fromarray(decode_image(file.read_bytes()))
@@ -81,5 +81,7 @@ def _thumbnail(file: Path) -> Image.Image:
         draw.line([(0, 0), (side, side)], fill="grey", width=2)
         draw.line([(0, side), (side, 0)], fill="grey", width=2)
         return box
+    if (factor := side // max(picture.size)) > 1:  # a few pixels are seen only large
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     picture.thumbnail((side, side))
     return picture

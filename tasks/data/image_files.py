@@ -7,7 +7,7 @@ label are only part of the path. Used by index_images on data/raw and by flows.i
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -82,6 +82,21 @@ def list_images(root: Path) -> Listing:
                 empty.append(folder.relative_to(root).as_posix())
     images.sort(key=lambda image: image.path)
     return Listing(tuple(images), tuple(sorted(skipped)), tuple(empty))
+
+
+def labelled_images(paths: Iterable[str]) -> tuple[ImageFile, ...]:
+    """The images of these paths, sorted, with what their folders say: as `list_images` would find them on a disk.
+
+    Args:
+        paths: Of all images of a set; posix, with a folder at least.
+    """
+    parts_of = {path: path.split("/") for path in paths}
+    classes = {parts[0] for parts in parts_of.values() if len(parts) == 2}  # images lie directly in these
+    images = []
+    for path, parts in parts_of.items():
+        split = None if parts[0] in classes else SPLIT_FOLDERS.get(parts[0].lower())
+        images.append(ImageFile(path, unicodedata.normalize("NFC", parts[0 if split is None else 1]), split))
+    return tuple(sorted(images, key=lambda image: image.path))
 
 
 def _class_folders(folder: Path, skipped: list[tuple[str, str]], root: Path) -> Iterator[tuple[Path, Split | None]]:

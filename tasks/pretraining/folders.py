@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from deploy.errors import ImageError
+from deploy.files import Readable
 from deploy.images import decode_image
-from tasks.data.image_files import list_images
+from tasks.data.image_store import ImageStore, open_images
 from tasks.errors import DataError
 
 NUM_DECODERS = 2
@@ -31,7 +32,7 @@ class FolderSource:
     """An image folder as ``tasks.pretraining.train`` wants it.
 
     Attributes:
-        root: The folder.
+        images: The folder's images, files or shards.
         class_names: One a class, sorted.
         training: (path below root, label) of the images trained on.
         validation: The same of those held out.
@@ -41,7 +42,7 @@ class FolderSource:
         seed: Of order, crops and shades.
     """
 
-    root: Path
+    images: ImageStore
     class_names: tuple[str, ...]
     training: tuple[tuple[str, int], ...]
     validation: tuple[tuple[str, int], ...]
@@ -85,10 +86,11 @@ class FolderSource:
 
     def _picture(self, path: str, draws: np.ndarray | None) -> np.ndarray:
         """One picture (S, S, 3) uint8; ``draws`` are five numbers in 0..1, or None for the central square."""
+        file = self.images.file(path)
         try:
-            image = Image.fromarray(decode_image((self.root / path).read_bytes()))
+            image = Image.fromarray(decode_image(file.read_bytes()))
         except ImageError as error:
-            raise DataError(f"{self.root / path}: {error}. Remove or mend it.") from error
+            raise DataError(f"{file}: {error}. Remove or mend it.") from error
         area, across, down, mirror, shade = (1.0, 0.5, 0.5, 1.0, 0.5) if draws is None else draws.tolist()
         side = min(image.size) * (self.min_area_fraction + (1 - self.min_area_fraction) * area) ** 0.5
         left, top = (image.width - side) * across, (image.height - side) * down
@@ -109,14 +111,15 @@ def folder_source(
     """
     if not root.is_dir():
         raise DataError(f"pretrain.source is {root}, which is no folder. Name one with a folder a class, or `glyphs`.")
-    images = list_images(root).images
+    store = open_images(root)
+    images = store.listing().images
     names = tuple(sorted({image.label for image in images}))
     if len(names) < 2:
         found = ", ".join(names[:NAMED_IN_ERRORS]) or "none"
         raise DataError(f"{root} has {len(names)} class(es) with images ({found}); pre-training needs at least two.")
     number = {name: index for index, name in enumerate(names)}
     held_out = [
-        image.split in ("val", "test") or (image.split is None and _share(root / image.path) < val_fraction)
+        image.split in ("val", "test") or (image.split is None and _share(store.file(image.path)) < val_fraction)
         for image in images
     ]
     rows = [(image.path, number[image.label]) for image in images]
@@ -124,9 +127,9 @@ def folder_source(
     validation = tuple(row for row, out in zip(rows, held_out, strict=True) if out)
     if not training:
         raise DataError(f"{root}: all {len(images)} images are held out. Lower pretrain.val_fraction or add images.")
-    return FolderSource(root, names, training, validation, image_px, hflip, min_area_fraction, seed)
+    return FolderSource(store, names, training, validation, image_px, hflip, min_area_fraction, seed)
 
 
-def _share(path: Path) -> float:
+def _share(file: Readable) -> float:
     """Where an image's content falls in 0..1."""
-    return int.from_bytes(hashlib.sha256(path.read_bytes()).digest()[:7], "big") / (1 << 56)
+    return int.from_bytes(hashlib.sha256(file.read_bytes()).digest()[:7], "big") / (1 << 56)

@@ -9,14 +9,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deploy.files import sha256_bytes
+from deploy.files import Readable, sha256_bytes
 from deploy.images import decode_image
 from tasks.data.views import apply_view, is_crop
 from tasks.errors import DataError, ImageError
@@ -44,7 +43,7 @@ class PixelSource:
         workers: Threads.
     """
 
-    files: Sequence[Path]
+    files: Sequence[Readable]
     shas: Sequence[str]
     views: Sequence[str]
     whole: ort.InferenceSession

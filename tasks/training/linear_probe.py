@@ -198,7 +198,7 @@ def out_of_fold_probabilities(
     _check(features[None], labels)
     names = tuple(sorted(set(labels)))
     with threadpool_limits(1, user_api="blas"):
-        problem = _problem(features[None], labels, groups, folds, len(labels), seed, max_iterations)
+        problem = _problem(features[None], labels, groups, names, folds, len(labels), seed, max_iterations)
         judged = problem.judged
         if not judged.any():
             return judged, names, np.zeros((0, len(names)))

@@ -21,6 +21,7 @@ from deploy.bundle import read_bundle
 from deploy.errors import BundleError
 from deploy.files import write_json
 from deploy.predictor import Predictor
+from flows.shards import bring_into
 from tasks.data.manifest import read_manifest, write_manifest
 from tasks.errors import DataError
 from tasks.evaluate import EvaluateReport, run
@@ -176,6 +177,15 @@ def test_many_classes_and_no_mistakes_are_drawn_too(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:
             assert min(picture.size) > 100
+
+
+def test_images_in_shards_get_the_same_answers(layout: Layout, params: Params) -> None:
+    run(layout, evaluate=params.evaluate)
+    answers, mistakes = layout.predictions.read_bytes(), (layout.evaluation_dir / "worst_mistakes.png").read_bytes()
+    bring_into(layout.raw, "shards", shard_bytes=10_000)
+    run(layout, evaluate=params.evaluate)
+    assert layout.predictions.read_bytes() == answers
+    assert (layout.evaluation_dir / "worst_mistakes.png").read_bytes() == mistakes
 
 
 def test_a_test_image_that_went_missing_is_named(layout: Layout, params: Params) -> None:

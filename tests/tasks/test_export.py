@@ -22,6 +22,7 @@ from deploy.files import sha256_bytes, write_bytes, write_json
 from deploy.images import decode_image
 from deploy.predictor import Predictor
 from deploy.runtime import open_session
+from flows.shards import bring_into
 from tasks import export_onnx
 from tasks.data.manifest import Facts, Row, read_manifest, rows_to_frame, write_manifest
 from tasks.data.splits import Split
@@ -388,6 +389,12 @@ def test_a_graph_too_far_from_what_was_trained_is_not_written(workspace: Layout,
     with pytest.raises(ExportError, match=r"not what was trained.*worst picture is .*\.png"):
         export_onnx.run(workspace, export_onnx=params.model_copy(update={"max_probability_difference": 1e-30}))
     assert not workspace.bundle_dir.exists()
+
+
+def test_images_in_shards_make_the_same_bundle(workspace: Layout, params: ExportOnnxParams) -> None:
+    digest = export_onnx.run(workspace, export_onnx=params).bundle_digest
+    bring_into(workspace.raw, "shards", shard_bytes=10_000)
+    assert export_onnx.run(workspace, export_onnx=params).bundle_digest == digest
 
 
 def test_what_is_missing_or_changed_is_named(workspace: Layout, params: ExportOnnxParams) -> None:

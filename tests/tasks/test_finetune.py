@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from deploy.runtime import open_session
+from flows.shards import bring_into
 from tasks import finetune
 from tasks.data.manifest import read_manifest, write_manifest
 from tasks.data.views import view_names
@@ -455,6 +456,14 @@ def test_classes_that_the_probe_does_not_know_are_left_out_of_judging(layout: La
     report = run(layout, repository, epochs=1, min_val_images=2)
     assert report.num_val < NUM_VAL
     assert report.num_train < NUM_IMAGES - NUM_VAL
+
+
+def test_images_in_shards_make_the_same_network(layout: Layout, repository: Path) -> None:
+    run(layout, repository, epochs=1)
+    made = {path.name: path.read_bytes() for path in layout.finetuned_dir.iterdir()}
+    bring_into(layout.raw, "shards", shard_bytes=10_000)
+    run(layout, repository, epochs=1)
+    assert {path.name: path.read_bytes() for path in layout.finetuned_dir.iterdir()} == made
 
 
 def test_a_changed_or_missing_picture_is_named(layout: Layout, repository: Path) -> None:

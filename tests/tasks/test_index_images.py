@@ -27,7 +27,7 @@ from tasks.data.manifest import (
 from tasks.data.splits import SPLITS, assigned_split, hashed_split
 from tasks.errors import DataError
 from tasks.layout import Layout
-from tasks.params import IndexImagesParams
+from tasks.params import DataParams, IndexImagesParams
 
 PARAMS = IndexImagesParams(val_fraction=0.2, test_fraction=0.3, max_megapixels=1)
 
@@ -48,7 +48,8 @@ def put(layout: Layout, path: str, data: bytes) -> None:
 
 
 def index(layout: Layout, *, seed: int = 0, params: IndexImagesParams = PARAMS) -> stage.IndexImagesReport:
-    return stage.run(layout, seed=seed, index_images=params)
+    data = DataParams(layout=stage.open_images(layout.raw).layout, shard_mb=1)
+    return stage.run(layout, seed=seed, data=data, index_images=params)
 
 
 @pytest.fixture
@@ -344,8 +345,9 @@ def test_facts_of_another_version_are_not_trusted(layout: Layout) -> None:
 def test_a_killed_run_goes_on_where_it_stopped(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "SAVE_INTERVAL_S", 0.0)
     known = stage.read_known_facts(layout.images)
-    images = stage.list_images(layout.raw).images
-    stage._all_facts(layout, images[:30], known, 10**6)  # and here the power went
+    store = stage.open_images(layout.raw)
+    images = store.listing().images
+    stage._all_facts(layout, store, images[:30], known, 10**6)  # and here the power went
     assert not layout.images.exists()
     assert index(layout).decoded == 10
     assert not layout.images_partial.exists()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from benchmarks.transfer import EMBEDDED, Digits, Floats, draw_labelled, extract, load, probe, raw_pixels
 from deploy.files import sha256_file
+from flows.shards import bring_into
 from tasks import pretrain
 from tasks.errors import DataError
 from tasks.layout import Layout
@@ -193,6 +194,21 @@ def test_an_image_folder_is_a_source_too(repository: Path, tmp_path: Path) -> No
     assert card["source"]["classes"] == ["dark", "light"]
     assert card["source"]["images"] + card["source"]["held_out"] == 40
     assert card["licence"] is None
+
+
+def test_images_in_shards_are_the_same_source(tmp_path: Path) -> None:
+    numbers = {"image_px": 16, "val_fraction": 0.4, "hflip": True, "min_area_fraction": 0.5, "seed": 0}
+    for label, shade in (("dark", 20), ("light", 200)):
+        (tmp_path / label).mkdir()
+        for number in range(4):
+            Image.new("RGB", (20 + number, 24), (shade + number, 0, 0)).save(tmp_path / label / f"{number}.png")
+    files = folder_source(tmp_path, **numbers)
+    before = list(files.training_batches(0, 3))
+    bring_into(tmp_path, "shards", shard_bytes=2000)
+    shards = folder_source(tmp_path, **numbers)
+    assert shards.identity == files.identity
+    for batch, same in zip(before, shards.training_batches(0, 3), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(batch, same, strict=True))
 
 
 @pytest.mark.parametrize("folders", [(), ("only",)])

@@ -25,7 +25,7 @@ from tasks.data.set_tables import robust_z
 from tasks.data.splits import SPLITS, Split
 from tasks.errors import DataError
 from tasks.layout import Layout
-from tasks.params import IndexImagesParams, ValidateDataParams
+from tasks.params import DataParams, IndexImagesParams, ValidateDataParams
 
 PARAMS = ValidateDataParams(
     min_images_per_class=5,
@@ -296,7 +296,7 @@ def test_photos_that_carry_two_labels_are_found(material: Path, layout: Layout) 
         for file in [*files[:20], *disputed]:
             shutil.copy(file, layout.raw / label)
     params = IndexImagesParams(val_fraction=0.15, test_fraction=0.2, max_megapixels=100)
-    index_images.run(layout, seed=0, index_images=params)
+    index_images.run(layout, seed=0, data=DataParams(layout="folders", shard_mb=1), index_images=params)
     validate_data.run(layout, validate_data=PARAMS.model_copy(update={"max_quarantined_fraction": 0.2}))
     found = quarantine(layout)
     assert {Path(path).stem for path in found} == {name for pair in pairs for name in pair}
