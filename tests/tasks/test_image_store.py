@@ -294,7 +294,7 @@ def test_a_contact_sheet_is_the_same_picture(tmp_path: Path) -> None:
 
     def sheet() -> bytes:
         images = open_images(raw)
-        return contact_sheet([Tile(images.file(path), path, "") for path in (*paths, "ant/gone.png")]).tobytes()
+        return contact_sheet([Tile(images.file(path), path, "") for path in (*paths, "ant/gone.png")], "all").tobytes()
 
     before = sheet()
     bring_into(raw, "shards", shard_bytes=5000)
