@@ -22,6 +22,7 @@ from flows.workspace import exclusive, find_workspace, track_raw
 from tasks.layout import Layout
 
 if TYPE_CHECKING:
+    from flows.corrections import CorrectionReport
     from flows.ingest import AddReport
 
 app = typer.Typer(
@@ -71,9 +72,58 @@ def add(
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "add"):
-        report = add_images(source, layout.raw, replace=replace)
+        report = add_images(source, layout.raw, replace=replace, log=layout.raw_changes)
         track_raw(layout)
-    _print_json(asdict(report)) if as_json else _tell_added(report)
+    _print_json(asdict(report)) if as_json else _tell_changed(report)
+
+
+@app.command()
+def relabel(
+    context: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="LABEL FILE...", help="The right label, and the images it is right for."),
+    ] = None,
+    table: Annotated[Path | None, typer.Option("--from", help="A CSV with the columns path and label instead.")] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why; kept in the log.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Move images of data/raw to another label, all or none, recorded in data/raw-changes.jsonl."""
+    from flows import corrections
+
+    if (len(words or ()) < 2) == (table is None) or (words and table):
+        raise typer.BadParameter("Name a label and the files it is right for, or a CSV with --from.")
+    label, *files = words or [""]
+    wanted = [corrections.Wanted(Path(file), label) for file in files]
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "relabel"):
+        wanted = corrections.read_wanted(table, with_labels=True) if table else wanted
+        report = corrections.relabel(layout, wanted, reason=reason)
+        track_raw(layout)
+    _print_json(asdict(report)) if as_json else _tell_changed(report)
+
+
+@app.command()
+def remove(
+    context: typer.Context,
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept in the log.")],
+    files: Annotated[list[Path] | None, typer.Argument(help="Images, relative to data/raw or by real path.")] = None,
+    table: Annotated[Path | None, typer.Option("--from", help="A CSV with the column path instead.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Take images out of data/raw, all or none, recorded in data/raw-changes.jsonl."""
+    from flows import corrections
+
+    if bool(files) == (table is not None):
+        raise typer.BadParameter("Name the files, or a CSV with --from.")
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "remove"):
+        named = [corrections.Wanted(file, None) for file in files or ()]
+        wanted = corrections.read_wanted(table, with_labels=False) if table else named
+        track_raw(layout)  # first, so that DVC's cache has the bytes of what goes
+        report = corrections.remove(layout, wanted, reason=reason)
+        track_raw(layout)
+    _print_json(asdict(report)) if as_json else _tell_changed(report)
 
 
 @app.command()
@@ -282,7 +332,7 @@ def _lay_out_sample(layout: Layout) -> None:
     asides.print(f"{number} handwritten digits are in {os.path.relpath(layout.raw)}, tracked by DVC.")
 
 
-def _tell_added(report: "AddReport") -> None:
+def _tell_changed(report: "AddReport | CorrectionReport") -> None:
     out.print(escape(report.text()))
     out.print("Next: [bold]tanuki retrain[/]")
 

@@ -16,6 +16,7 @@ from deploy.errors import ImageError
 from deploy.files import sha256_bytes, sha256_file
 from deploy.images import decode_image
 from deploy.machine import available_cores
+from flows.raw_log import Change, record
 from flows.sample import LABELS as SAMPLE_LABELS
 from flows.sample import is_sample
 from tasks.data.image_files import SPLIT_FOLDERS, ImageFile, Listing, list_images
@@ -68,12 +69,15 @@ class AddReport:
         if self.disputed:
             lines += [
                 f"{len(self.disputed):,} lie under two labels; no model is trained on them until one copy is removed:",
-                *_named(self.disputed),
+                *named_lines(self.disputed),
             ]
         if self.refused:
-            lines += [f"{len(self.refused):,} not added:", *_named(self.refused)]
+            lines += [f"{len(self.refused):,} not added:", *named_lines(self.refused)]
         if self.left_out:
-            lines += [f"{len(self.left_out):,} left out, no images by their name or place:", *_named(self.left_out)]
+            lines += [
+                f"{len(self.left_out):,} left out, no images by their name or place:",
+                *named_lines(self.left_out),
+            ]
         if self.empty_classes:
             lines.append(f"Folders without an image: {', '.join(self.empty_classes)}.")
         return "\n".join(lines)
@@ -99,13 +103,14 @@ class _Choice:
     repeated: int = 0
 
 
-def add_images(source: Path, raw: Path, *, replace: bool = False) -> AddReport:
+def add_images(source: Path, raw: Path, *, replace: bool = False, log: Path | None = None) -> AddReport:
     """Copies the images of a folder of classes into ``raw``, each at most once and never over another.
 
     Args:
         source: A folder a class, or train/val(idation)/test folders of classes. Stays as it is.
         raw: Becomes ``raw/LABEL/...`` or ``raw/SPLIT/LABEL/...``.
         replace: Drop the sample set first, where ``raw`` holds nothing else.
+        log: Where to record it, before anything is copied.
 
     Raises:
         DataError: If the source holds no image that can be added, or would mix with what is in ``raw``.
@@ -120,8 +125,12 @@ def add_images(source: Path, raw: Path, *, replace: bool = False) -> AddReport:
     checked = _check_all(source, listing.images, frozenset(existing))
     choice = _choose(checked, existing)
     if not choice.copied and not choice.known:
-        raise DataError(f"No image of {source} can be added:\n" + "\n".join(_named(choice.refused)))
-    _remove(raw, (*_parts(raw), *(raw / image.path for image in sample)))
+        raise DataError(f"No image of {source} can be added:\n" + "\n".join(named_lines(choice.refused)))
+    if log is not None and (choice.copied or sample):
+        planned = Counter(each.image.label for each in choice.copied)
+        per_class = dict(sorted(planned.items()))
+        record(log, [Change("add", source=str(source), added_per_class=per_class, replaced=len(sample) or None)])
+    remove_files(raw, (*_parts(raw), *(raw / image.path for image in sample)))
     copies = progress(choice.copied, total=len(choice.copied), what="copying")
     changed = {each.image.path for each in copies if not _copy(source, raw, each)}
     counts = Counter(each.image.label for each in choice.copied if each.image.path not in changed)
@@ -151,7 +160,7 @@ def _listing(source: Path, raw: Path) -> Listing:
         raise DataError(f"{source} and {raw} lie within each other. Add images from a folder outside of {raw}.")
     listing = list_images(source)
     if not listing.images:
-        left_out = "\n".join(["", "Left out:", *_named(listing.skipped)]) if listing.skipped else ""
+        left_out = "\n".join(["", "Left out:", *named_lines(listing.skipped)]) if listing.skipped else ""
         raise DataError(f"{source} holds no labelled images. {SHAPES}{left_out}")
     return listing
 
@@ -303,12 +312,18 @@ def _parts(raw: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.startswith(PART_PREFIX))
 
 
-def _remove(raw: Path, files: Iterable[Path]) -> None:
+def remove_files(raw: Path, files: Iterable[Path]) -> None:
     """Removes files, and the folders in raw that this empties."""
-    for file in list(files):
+    gone = list(files)
+    for file in gone:
         file.unlink()
-        folder = file.parent
-        while folder != raw and not any(folder.iterdir()):
+    remove_empty_folders(raw, (file.parent for file in gone))
+
+
+def remove_empty_folders(raw: Path, folders: Iterable[Path]) -> None:
+    """Removes those of the folders in raw that hold nothing, and what that empties above them."""
+    for folder in sorted(set(folders), reverse=True):
+        while folder != raw and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
 
@@ -317,7 +332,7 @@ def _size(file: Path) -> int:
     return file.stat().st_size
 
 
-def _named(pairs: Iterable[tuple[str, str]]) -> list[str]:
+def named_lines(pairs: Iterable[tuple[str, str]]) -> list[str]:
     """A line for each of the first 20, and how many more."""
     lines = [f"  {path}: {reason}" for path, reason in pairs]
     return lines[:NUM_NAMED] + ([f"  and {len(lines) - NUM_NAMED:,} more"] if len(lines) > NUM_NAMED else [])

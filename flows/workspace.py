@@ -168,8 +168,13 @@ def dvc(layout: Layout, *arguments: str) -> str:
 
 
 def track_raw(layout: Layout) -> None:
-    """Puts data/raw as it is now under DVC: the bytes into its cache, the pointer into data/raw.dvc."""
+    """Puts data/raw as it is now under DVC: the bytes into its cache, the pointer into data/raw.dvc.
+
+    The pointer is staged in git, as the setting core.autostage says, and the log of what people did goes with it.
+    """
     dvc(layout, "--wait-for-lock", "add", "--quiet", str(layout.raw.relative_to(layout.root)))
+    if layout.raw_changes.is_file():
+        git(layout, "add", "--", str(layout.raw_changes.relative_to(layout.root)))
 
 
 def stale_stages(layout: Layout) -> dict[str, list[str]]:
