@@ -63,7 +63,9 @@ def sample(context: typer.Context) -> None:
 @app.command()
 def add(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(help="A folder a class, or train/val/test folders of classes.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder a class, a table of path,label[,split], tar shards, or a URL of folders.")
+    ],
     replace: Annotated[bool, typer.Option("--replace", help="Drop the sample set first.")] = False,
     as_json: Json = False,
 ) -> None:

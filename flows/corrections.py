@@ -5,7 +5,6 @@ the same command, run again after a kill, knows what it had done and does the re
 caller.
 """
 
-import csv
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -13,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from deploy.files import sha256_file
-from flows.ingest import named_lines, remove_empty_folders
+from flows.ingest import remove_empty_folders
 from flows.raw_log import Change, Command, read_changes, record
-from tasks.data.image_files import NO_IMAGE_FOLDERS, SPLIT_FOLDERS, ImageFile, Listing, list_images
-from tasks.errors import DataError
+from flows.sources import named_lines, read_rows, refuse, unfit_label
+from tasks.data.image_files import SPLIT_FOLDERS, ImageFile, Listing, list_images
 from tasks.layout import Layout
 
-MAX_NAME_BYTES = 255
+NOTHING_CHANGED = "{:,} mistake(s), so nothing was changed (name files relative to data/raw, or by their real path)"
 
 
 @dataclass(frozen=True)
@@ -90,27 +89,16 @@ def remove(layout: Layout, wanted: Sequence[Wanted], *, reason: str) -> Correcti
 
 
 def read_wanted(table: Path, *, with_labels: bool) -> list[Wanted]:
-    """The files that a CSV names in its column ``path``, with the labels of its column ``label`` if asked.
+    """The files that a table names in its column ``path``, with the labels of its column ``label`` if asked.
 
     Raises:
         DataError: If it is no such table.
     """
     columns = ("path", "label") if with_labels else ("path",)
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
-            missing = [name for name in columns if name not in (rows.fieldnames or ())]
-            if missing:
-                raise DataError(f"{table} has no column {' and '.join(missing)}. Expected a first line path,label.")
-            found = [
-                Wanted(Path(row["path"] or ""), (row["label"] or "") if with_labels else None, f"line {rows.line_num}")
-                for row in rows
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} cannot be read as a CSV in UTF-8: {error}") from error
-    if not found:
-        raise DataError(f"{table} names no file.")
-    return found
+    return [
+        Wanted(Path(str(row["path"] or "")), str(row["label"] or "") if with_labels else None, where)
+        for where, row in read_rows(table, required=columns)
+    ]
 
 
 def _correct(layout: Layout, wanted: Sequence[Wanted], command: Command, reason: str | None) -> CorrectionReport:
@@ -163,7 +151,7 @@ def _by_path(raw: Path, wanted: Sequence[Wanted]) -> dict[str, str | None]:
             mistakes.append((name, f"lies outside of {raw}"))
         elif labels.setdefault(path, label) != label:
             mistakes.append((name, f"named with two labels, {labels[path]} and {label}"))
-    _refuse(mistakes)
+    refuse(mistakes, NOTHING_CHANGED.format(len(mistakes)))
     return labels
 
 
@@ -198,7 +186,7 @@ def _plan(
         else:
             change = _change(raw, image, label, last, taken)
             plan.changes.append(change) if isinstance(change, Change) else mistakes.append((path, change))
-    _refuse(mistakes)
+    refuse(mistakes, NOTHING_CHANGED.format(len(mistakes)))
     return plan
 
 
@@ -251,19 +239,7 @@ def _new(labels: Iterable[str | None]) -> list[str]:
 
 
 def _unfit(label: str, listing: Listing) -> str | None:
-    """Why no folder of images may be called so; None where it may."""
+    """Why no class here may be called so; None where it may."""
     if label.lower() in SPLIT_FOLDERS and listing.official_splits:
         return "is the name of an official split here, and cannot be a label"
-    unfit = not label or label.startswith(".") or "/" in label or "\0" in label or label.lower() in NO_IMAGE_FOLDERS
-    if unfit or len(label.encode(errors="replace")) > MAX_NAME_BYTES:
-        return "cannot be a label: a label names a folder, so no slash, no dot in front, not empty, 255 bytes at most"
-    return None
-
-
-def _refuse(mistakes: list[tuple[str, str]]) -> None:
-    if mistakes:
-        raise DataError(
-            f"{len(mistakes):,} mistake(s), so nothing was changed:\n"
-            + "\n".join(named_lines(mistakes))
-            + "\nFiles are named relative to data/raw, or by their real path."
-        )
+    return unfit_label(label)
