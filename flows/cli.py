@@ -23,6 +23,7 @@ from tasks.layout import Layout
 
 if TYPE_CHECKING:
     from flows.corrections import CorrectionReport
+    from flows.inbox import IngestReport
     from flows.ingest import AddReport
 
 app = typer.Typer(
@@ -76,6 +77,33 @@ def add(
     with exclusive(layout, "add"):
         report = add_images(source, layout.raw, replace=replace, log=layout.raw_changes)
         track_raw(layout)
+    _print_json(asdict(report)) if as_json else _tell_changed(report)
+
+
+@app.command()
+def ingest(
+    context: typer.Context,
+    inbox: Annotated[str, typer.Argument(help="A folder, or a URL, that others drop folders of classes into.")],
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Commit data/raw.dvc to git; push to its upstream.")
+    ] = False,
+    settle: Annotated[float, typer.Option(help="Seconds without a change until a file counts as whole.", min=0)] = 10,
+    as_json: Json = False,
+) -> None:
+    """Take in an inbox: check, add, push to the DVC remote, and only then remove there what was taken."""
+    from flows.inbox import look
+
+    layout = find_workspace(context.obj)
+    waiting = look(inbox, settle_s=settle)
+    if not waiting.settled.images:
+        facts = {"settled": 0, "unsettled": waiting.unsettled, "left_out": waiting.settled.skipped}
+        left = f"{len(waiting.unsettled):,} images may still be written to, {len(waiting.settled.skipped):,} are none."
+        _print_json(facts) if as_json else out.print(f"Nothing to take from {escape(inbox)}: {left}")
+        return
+    asides.print("Starting Prefect ...", style="dim")
+    from flows.ingest_inbox import ingest as ingest_flow
+
+    report = ingest_flow(layout.root, inbox, settle_s=settle, publish=publish)
     _print_json(asdict(report)) if as_json else _tell_changed(report)
 
 
@@ -334,7 +362,7 @@ def _lay_out_sample(layout: Layout) -> None:
     asides.print(f"{number} handwritten digits are in {os.path.relpath(layout.raw)}, tracked by DVC.")
 
 
-def _tell_changed(report: "AddReport | CorrectionReport") -> None:
+def _tell_changed(report: "AddReport | CorrectionReport | IngestReport") -> None:
     out.print(escape(report.text()))
     out.print("Next: [bold]tanuki retrain[/]")
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -26,7 +27,6 @@ from tasks.data.image_files import (
     list_images,
     no_image_reason,
 )
-from tasks.data.splits import Split
 from tasks.errors import DataError
 
 NUM_NAMED = 20
@@ -34,6 +34,7 @@ MAX_NAME_BYTES = 255
 TABLES = (".csv", ".parquet")
 SHARDS = (".tar", ".tar.gz", ".tgz")
 SHARD_SPLIT = re.compile(r"(train|val|valid|validation|test)[-_.]", re.IGNORECASE)
+CHANGE_TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # as file systems of fsspec call it
 NO_LABEL = "lies beside the class folders, so it has no label"
 SHAPES = (
     "Expected a folder a class, each with images, or train/val/test folders of such folders; a CSV or Parquet table of "
@@ -118,6 +119,19 @@ class Folder:
         if not self.file(image).resolve().is_relative_to(self.root.resolve()):
             raise DataError("a link that leads out of the folder")
         return self.file(image).read_bytes()
+
+    def changed_at(self, image: ImageFile) -> float:
+        """When an image was last changed, in seconds since 1970; by the file system's own clock, which nobody sets."""
+        return self.file(image).lstat().st_ctime
+
+    def signature(self, image: ImageFile) -> object:
+        """What differs once an image was changed or replaced."""
+        facts = self.file(image).lstat()
+        return facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+
+    def remove(self, image: ImageFile) -> None:
+        """Removes an image for good."""
+        self.file(image).unlink()
 
 
 class LabelTable(Folder):
@@ -353,17 +367,24 @@ class Url:
         size = self._files[image.path][1].get("size")
         return None if size is None else int(size)
 
-    def facts(self, image: ImageFile) -> dict[str, Any]:
-        """What the file system says of an image now: size, time of change, tag."""
-        facts: dict[str, Any] = self.fs.info(self._files[image.path][0])
-        return facts
-
     def read(self, image: ImageFile) -> bytes:
         try:
             data: bytes = self.fs.cat_file(self._files[image.path][0])
         except Exception as error:  # each file system raises types of its own
             raise DataError(f"cannot be read: {type(error).__name__}: {error}") from error
         return data
+
+    def changed_at(self, image: ImageFile) -> float:
+        """When an image was last changed, in seconds since 1970; 0 where the store does not tell."""
+        facts = self._files[image.path][1]
+        told = [facts[name] for name in CHANGE_TIMES if facts.get(name) is not None]
+        return max((each.timestamp() if isinstance(each, datetime) else float(each) for each in told), default=0.0)
+
+    def signature(self, image: ImageFile) -> object:
+        """What differs once an image was changed or replaced."""
+        self.fs.invalidate_cache()
+        facts = self.fs.info(self._files[image.path][0])
+        return [str(facts.get(name)) for name in ("size", "ETag", *CHANGE_TIMES)]
 
     def remove(self, image: ImageFile) -> None:
         """Removes an image for good."""
@@ -377,7 +398,7 @@ def list_names(names: Iterable[str]) -> Listing:
     with_images = {each[0] for name, each in parts.items() if len(each) == 2 and reasons[name] is None}
     images, skipped = [], []
     for name, (top, *below) in parts.items():
-        split: Split | None = None if top in with_images else SPLIT_FOLDERS.get(top.lower())
+        split = None if top in with_images else SPLIT_FOLDERS.get(top.lower())
         reason = reasons[name] or (None if below else NO_LABEL)
         if reason is not None:
             skipped.append((name.encode(errors="replace").decode(), reason))
