@@ -52,7 +52,7 @@ def read_events(path: Path) -> list[Event]:
     Raises:
         RegistryError: Naming the line that is no event, or is out of order.
     """
-    return [_event(path, number, line) for number, line in enumerate(_whole_lines(path).splitlines(), start=1)]
+    return [_event(path, number, line) for number, line in enumerate(whole_lines(path).splitlines(), start=1)]
 
 
 def append_event(path: Path, event: Event) -> None:
@@ -61,12 +61,20 @@ def append_event(path: Path, event: Event) -> None:
     Raises:
         OSError: If it cannot be written, as on a full disk; the log is then as it was.
     """
-    line = json.dumps(dataclasses.asdict(event), sort_keys=True, ensure_ascii=False) + "\n"
-    end, is_new = len(_whole_lines(path)), not path.exists()
+    append_lines(path, json.dumps(dataclasses.asdict(event), sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def append_lines(path: Path, lines: str) -> None:
+    """Appends whole lines and waits until they are on the disk; cuts off an unfinished line first.
+
+    Raises:
+        OSError: If they cannot be written, as on a full disk; the log is then as it was.
+    """
+    end, is_new = len(whole_lines(path)), not path.exists()
     with path.open("ab") as file:
         try:
             file.truncate(end)
-            file.write(line.encode())
+            file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
         except OSError:
@@ -76,7 +84,7 @@ def append_event(path: Path, event: Event) -> None:
         sync_directory(path.parent)
 
 
-def _whole_lines(path: Path) -> bytes:
+def whole_lines(path: Path) -> bytes:
     """The log up to its last newline."""
     try:
         data = path.read_bytes()

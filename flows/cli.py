@@ -22,6 +22,8 @@ from flows.workspace import exclusive, find_workspace, track_raw
 from tasks.layout import Layout
 
 if TYPE_CHECKING:
+    from flows.corrections import CorrectionReport
+    from flows.inbox import IngestReport
     from flows.ingest import AddReport
 
 app = typer.Typer(
@@ -64,7 +66,9 @@ def sample(context: typer.Context) -> None:
 @app.command()
 def add(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(help="A folder a class, or train/val/test folders of classes.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder a class, a table of path,label[,split], tar shards, or a URL of folders.")
+    ],
     replace: Annotated[bool, typer.Option("--replace", help="Drop the sample set first.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -74,9 +78,89 @@ def add(
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "add"):
-        report = add_images(source, layout.raw, replace=replace, shard_bytes=shard_bytes(layout))
+        report = add_images(
+            source, layout.raw, replace=replace, log=layout.raw_changes, shard_bytes=shard_bytes(layout)
+        )
         track_raw(layout)
-    _print_json(asdict(report)) if as_json else _tell_added(report)
+    _print_json(asdict(report)) if as_json else _tell_changed(report)
+
+
+@app.command()
+def ingest(
+    context: typer.Context,
+    inbox: Annotated[str, typer.Argument(help="A folder, or a URL, that others drop folders of classes into.")],
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Commit data/raw.dvc to git; push to its upstream.")
+    ] = False,
+    settle: Annotated[float, typer.Option(help="Seconds without a change until a file counts as whole.", min=0)] = 10,
+    as_json: Json = False,
+) -> None:
+    """Take in an inbox: check, add, push to the DVC remote, and only then remove there what was taken."""
+    from flows.inbox import look
+
+    layout = find_workspace(context.obj)
+    waiting = look(inbox, settle_s=settle)
+    if not waiting.settled.images:
+        facts = {"settled": 0, "unsettled": waiting.unsettled, "left_out": waiting.settled.skipped}
+        left = f"{len(waiting.unsettled):,} images may still be written to, {len(waiting.settled.skipped):,} are none."
+        _print_json(facts) if as_json else out.print(f"Nothing to take from {escape(inbox)}: {left}")
+        return
+    asides.print("Starting Prefect ...", style="dim")
+    from flows.ingest_inbox import ingest as ingest_flow
+    from flows.server import prefect_server
+
+    with prefect_server(layout):
+        report = ingest_flow(layout.root, inbox, settle_s=settle, publish=publish)
+    _print_json(asdict(report)) if as_json else _tell_changed(report)
+
+
+@app.command()
+def relabel(
+    context: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="LABEL FILE...", help="The right label, and the images it is right for."),
+    ] = None,
+    table: Annotated[Path | None, typer.Option("--from", help="A CSV with the columns path and label instead.")] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why; kept in the log.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Move images of data/raw to another label, all or none, recorded in data/raw-changes.jsonl."""
+    from flows import corrections
+
+    if (len(words or ()) < 2) == (table is None) or (words and table):
+        raise typer.BadParameter("Name a label and the files it is right for, or a CSV with --from.")
+    label, *files = words or [""]
+    wanted = [corrections.Wanted(Path(file), label) for file in files]
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "relabel"):
+        wanted = corrections.read_wanted(table, with_labels=True) if table else wanted
+        report = corrections.relabel(layout, wanted, reason=reason)
+        track_raw(layout)
+    _print_json(asdict(report)) if as_json else _tell_changed(report)
+
+
+@app.command()
+def remove(
+    context: typer.Context,
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept in the log.")],
+    files: Annotated[list[Path] | None, typer.Argument(help="Images, relative to data/raw or by real path.")] = None,
+    table: Annotated[Path | None, typer.Option("--from", help="A CSV with the column path instead.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Take images out of data/raw, all or none, recorded in data/raw-changes.jsonl."""
+    from flows import corrections
+
+    if bool(files) == (table is not None):
+        raise typer.BadParameter("Name the files, or a CSV with --from.")
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "remove"):
+        named = [corrections.Wanted(file, None) for file in files or ()]
+        wanted = corrections.read_wanted(table, with_labels=False) if table else named
+        track_raw(layout)  # first, so that DVC's cache has the bytes of what goes
+        report = corrections.remove(layout, wanted, reason=reason)
+        track_raw(layout)
+    _print_json(asdict(report)) if as_json else _tell_changed(report)
 
 
 @app.command("layout")
@@ -321,7 +405,7 @@ def _lay_out_sample(layout: Layout) -> None:
     asides.print(f"{number} handwritten digits are in {os.path.relpath(layout.raw)}, tracked by DVC.")
 
 
-def _tell_added(report: "AddReport") -> None:
+def _tell_changed(report: "AddReport | CorrectionReport | IngestReport") -> None:
     out.print(escape(report.text()))
     out.print("Next: [bold]tanuki retrain[/]")
 

@@ -5,6 +5,7 @@ told afterwards, by the caller.
 """
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,22 +14,22 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from deploy.errors import ImageError
-from deploy.files import sha256_bytes
+from deploy.files import sha256_bytes, sha256_file
 from deploy.images import decode_image
 from deploy.machine import available_cores
+from flows.raw_log import Change, Command, record
 from flows.sample import LABELS as SAMPLE_LABELS
 from flows.sample import MAX_FILE_BYTES, is_sample
 from flows.shards import ShardWriter, free_path, remove_shards
-from tasks.data.image_files import SPLIT_FOLDERS, ImageFile, Listing, list_images
+from flows.sources import NUM_NAMED, SHAPES, Folder, LabelTable, Source, copy_file, named_lines, open_source
+from tasks.data.image_files import SPLIT_FOLDERS, ImageFile, Listing
 from tasks.data.image_store import ImageStore, open_images
 from tasks.errors import DataError
 from tasks.progress import progress
 
 PART_PREFIX = ".tanuki-add-"
-NUM_NAMED = 20
 # A copy in train of a test image must not be the one that stays.
 SPLIT_RANK = {"test": 0, "val": 1, "train": 2, None: 2}
-SHAPES = "Expected a folder a class, each with images, or train/val/test folders of such folders."
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,15 @@ class AddReport:
         if self.disputed:
             lines += [
                 f"{len(self.disputed):,} lie under two labels; no model is trained on them until one copy is removed:",
-                *_named(self.disputed),
+                *named_lines(self.disputed),
             ]
         if self.refused:
-            lines += [f"{len(self.refused):,} not added:", *_named(self.refused)]
+            lines += [f"{len(self.refused):,} not added:", *named_lines(self.refused)]
         if self.left_out:
-            lines += [f"{len(self.left_out):,} left out, no images by their name or place:", *_named(self.left_out)]
+            lines += [
+                f"{len(self.left_out):,} left out, no images by their name or place:",
+                *named_lines(self.left_out),
+            ]
         if self.empty_classes:
             lines.append(f"Folders without an image: {', '.join(self.empty_classes)}.")
         return "\n".join(lines)
@@ -101,43 +105,75 @@ class _Choice:
     repeated: int = 0
 
 
-def add_images(source: Path, raw: Path, *, replace: bool = False, shard_bytes: int | None = None) -> AddReport:
-    """Copies the images of a folder of classes into ``raw``, each at most once and never over another.
+@dataclass(frozen=True)
+class Added:
+    """What `add_from` did.
 
     Args:
-        source: A folder a class, or train/val(idation)/test folders of classes. Stays as it is.
+        report: For a person.
+        kept: sha256 of each image of the source whose bytes are in raw under its label now, by its path in the source.
+    """
+
+    report: AddReport
+    kept: dict[str, str]
+
+
+def add_images(
+    source: Path | str, raw: Path, *, replace: bool = False, log: Path | None = None, shard_bytes: int | None = None
+) -> AddReport:
+    """Copies the images of a source into ``raw``, each at most once and never over another.
+
+    Args:
+        source: A folder, a table, tar shards or a URL (flows/sources.py). Stays as it is.
         raw: Becomes ``raw/LABEL/...`` or ``raw/SPLIT/LABEL/...``.
         replace: Drop the sample set first, where ``raw`` holds nothing else.
+        log: Where to record it, before anything is copied.
         shard_bytes: Write new shards of this size; None: a file an image.
 
     Raises:
         DataError: If the source holds no image that can be added, or would mix with what is in ``raw``.
     """
-    listing = _listing(source, raw)
+    opened = open_source(source)
+    listing = _listing(opened, raw)
+    return add_from(opened, listing, raw, replace=replace, log=log, command="add", shard_bytes=shard_bytes).report
+
+
+def add_from(
+    source: Source,
+    listing: Listing,
+    raw: Path,
+    *,
+    replace: bool,
+    log: Path | None,
+    command: Command,
+    shard_bytes: int | None = None,
+) -> Added:
+    """Copies the listed images of a source into ``raw``; see `add_images`."""
     store = open_images(raw)
     present = store.listing()
     sample = _sample_to_replace(listing, present, raw, store, replace=replace)
     _check_split_names(listing, present)
-    existing = (
-        {} if sample else _labels_by_content(store, present, {_size(source / image.path) for image in listing.images})
-    )
+    existing = {} if sample else _labels_by_content(store, present, {source.size(image) for image in listing.images})
     checked = _check_all(source, listing.images, frozenset(existing))
     choice = _choose(checked, existing)
-    if not choice.copied and not choice.known:
-        raise DataError(f"No image of {source} can be added:\n" + "\n".join(_named(choice.refused)))
-    _remove(raw, _parts(raw))
+    if not choice.copied and not choice.known and command == "add":
+        raise DataError(f"No image of {source.name} can be added:\n" + "\n".join(named_lines(choice.refused)))
+    if log is not None and (choice.copied or sample):
+        planned = dict(sorted(Counter(each.image.label for each in choice.copied).items()))
+        record(log, [Change(command, source=source.name, added_per_class=planned, replaced=len(sample) or None)])
+    remove_files(raw, _parts(raw))
     if sample and store.layout == "shards":
         remove_shards(raw)
     else:
-        _remove(raw, (raw / image.path for image in sample))
+        remove_files(raw, (raw / image.path for image in sample))
     if shard_bytes is None:
-        copies = progress(choice.copied, total=len(choice.copied), what="copying")
+        copies = progress(_in_order(source, choice.copied), total=len(choice.copied), what="copying")
         changed = {each.image.path for each in copies if not _copy(source, raw, each)}
     else:
         taken = {image.path for image in present.images} - {image.path for image in sample}
         changed = _copy_to_shards(source, raw, choice.copied, taken, shard_bytes)
     counts = Counter(each.image.label for each in choice.copied if each.image.path not in changed)
-    return AddReport(
+    report = AddReport(
         added=sum(counts.values()),
         known=choice.known,
         repeated=choice.repeated,
@@ -148,23 +184,28 @@ def add_images(source: Path, raw: Path, *, replace: bool = False, shard_bytes: i
         empty_classes=listing.empty_classes,
         replaced=len(sample),
     )
+    stays = {path for path, _ in report.refused}
+    lost = {(each.sha256, each.image.label) for each in choice.copied if each.image.path in changed}
+    kept = {each.image.path: each.sha256 for each in checked if (each.sha256, each.image.label) not in lost}
+    return Added(report, {path: sha256 for path, sha256 in kept.items() if path not in stays})
 
 
-def _listing(source: Path, raw: Path) -> Listing:
+def _listing(source: Source, raw: Path) -> Listing:
     """The labelled images of the source.
 
     Raises:
-        DataError: If it is no folder, overlaps ``raw``, or holds no labelled image.
+        DataError: If it overlaps ``raw``, or holds no labelled image.
     """
-    if not source.is_dir():
-        raise DataError(f"{source} is no folder. {SHAPES}")
-    here, there = source.resolve(), raw.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise DataError(f"{source} and {raw} lie within each other. Add images from a folder outside of {raw}.")
-    listing = list_images(source)
+    if isinstance(source, Folder) and not isinstance(source, LabelTable):
+        here, there = source.root.resolve(), raw.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise DataError(
+                f"{source.root} and {raw} lie within each other. Add images from a folder outside of {raw}."
+            )
+    listing = source.listing()
     if not listing.images:
-        left_out = "\n".join(["", "Left out:", *_named(listing.skipped)]) if listing.skipped else ""
-        raise DataError(f"{source} holds no labelled images. {SHAPES}{left_out}")
+        left_out = "\n".join(["", "Left out:", *named_lines(listing.skipped)]) if listing.skipped else ""
+        raise DataError(f"{source.name} holds no labelled images. {SHAPES}{left_out}")
     return listing
 
 
@@ -214,9 +255,9 @@ def _check_split_names(listing: Listing, present: Listing) -> None:
         )
 
 
-def _labels_by_content(store: ImageStore, present: Listing, sizes: set[int]) -> dict[str, dict[str, str]]:
+def _labels_by_content(store: ImageStore, present: Listing, sizes: set[int | None]) -> dict[str, dict[str, str]]:
     """By sha256, the labels that raw has these bytes under, each with a path; files of other sizes are not read."""
-    alike = [image for image in present.images if store.size_bytes(image.path) in sizes]
+    alike = [image for image in present.images if None in sizes or store.size_bytes(image.path) in sizes]
     found: dict[str, dict[str, str]] = {}
     with ThreadPoolExecutor(available_cores()) as pool:
         digests = pool.map(lambda image: sha256_bytes(store.file(image.path).read_bytes()), alike)
@@ -225,23 +266,27 @@ def _labels_by_content(store: ImageStore, present: Listing, sizes: set[int]) -> 
     return found
 
 
-def _check_all(source: Path, images: tuple[ImageFile, ...], known: frozenset[str]) -> list[_Checked]:
+def _check_all(source: Source, images: tuple[ImageFile, ...], known: frozenset[str]) -> list[_Checked]:
     """Reads and decodes every image, on all cores; the copy that should stay of several comes first."""
-    ordered = sorted(images, key=lambda image: (SPLIT_RANK[image.split], image.path))
-    with ThreadPoolExecutor(available_cores()) as pool:
+    ordered = sorted(images, key=source.position)
+    with ThreadPoolExecutor(1 if source.in_order else available_cores()) as pool:
         try:
             results = pool.map(partial(_check, source, known), ordered)
-            return list(progress(results, total=len(ordered), what="checking"))
+            checked = list(progress(results, total=len(ordered), what="checking"))
         finally:
             pool.shutdown(cancel_futures=True)
+    return sorted(checked, key=lambda each: (SPLIT_RANK[each.image.split], each.image.path))
 
 
-def _check(source: Path, known: frozenset[str], image: ImageFile) -> _Checked:
-    file = source / image.path
-    if not file.resolve().is_relative_to(source.resolve()):
-        return _Checked(image, "", "a link that leads out of the folder")
+def _in_order(source: Source, checked: list[_Checked]) -> list[_Checked]:
+    return sorted(checked, key=lambda each: source.position(each.image))
+
+
+def _check(source: Source, known: frozenset[str], image: ImageFile) -> _Checked:
     try:
-        data = file.read_bytes()
+        data = source.read(image)
+    except DataError as error:
+        return _Checked(image, "", str(error))
     except OSError as error:
         return _Checked(image, "", f"cannot be read: {error.strerror}")
     sha256 = sha256_bytes(data)
@@ -288,28 +333,27 @@ def _choose(checked: list[_Checked], existing: dict[str, dict[str, str]]) -> _Ch
     return choice
 
 
-def _copy(source: Path, raw: Path, checked: _Checked) -> bool:
-    """Copies one image to its place; False where its bytes are no longer those that were checked.
-
-    A copy and no hard link: DVC makes what it tracks read-only, and the original stays the person's to edit.
-    """
-    data = (source / checked.image.path).read_bytes()
-    if sha256_bytes(data) != checked.sha256:
-        return False
+def _copy(source: Source, raw: Path, checked: _Checked) -> bool:
+    """Copies one image to its place; False where its bytes are no longer those that were checked."""
     target = raw / _place(checked.image)
     if target.exists():
         target = target.with_name(f"{target.stem}-{checked.sha256[:12]}{target.suffix}")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{PART_PREFIX}{checked.sha256[:12]}")
     try:
-        part.write_bytes(data)
+        if isinstance(source, Folder):
+            copy_file(source.file(checked.image), part)
+        else:
+            part.write_bytes(source.read(checked.image))
+        if sha256_file(part) != checked.sha256:
+            return False
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
     return True
 
 
-def _copy_to_shards(source: Path, raw: Path, checked: list[_Checked], taken: set[str], shard_bytes: int) -> set[str]:
+def _copy_to_shards(source: Source, raw: Path, checked: list[_Checked], taken: set[str], shard_bytes: int) -> set[str]:
     """Writes images into new shards, in the order of their places; paths of those that are no longer what was checked.
 
     The order is that of a run which was never killed: what is left of it fills the same shards.
@@ -318,7 +362,7 @@ def _copy_to_shards(source: Path, raw: Path, checked: list[_Checked], taken: set
     changed: set[str] = set()
     with ShardWriter(raw, shard_bytes=shard_bytes) as writer:
         for each in progress(ordered, total=len(ordered), what="copying"):
-            data = (source / each.image.path).read_bytes()
+            data = source.read(each.image)
             if sha256_bytes(data) != each.sha256:
                 changed.add(each.image.path)
                 continue
@@ -329,11 +373,17 @@ def _copy_to_shards(source: Path, raw: Path, checked: list[_Checked], taken: set
 
 
 def _place(image: ImageFile) -> PurePosixPath:
-    """Where an image belongs, relative to raw: one spelling of the split and the label."""
+    """Where an image belongs, relative to raw: one spelling of the split and the label, then what lies below them.
+
+    A source that keeps its labels elsewhere than in folders gives the file's name alone.
+    """
+    top = PurePosixPath(image.label) if image.split is None else PurePosixPath(image.split, image.label)
     parts = PurePosixPath(image.path).parts
-    if image.split is None:
-        return PurePosixPath(image.label, *parts[1:])
-    return PurePosixPath(image.split, image.label, *parts[2:])
+    for number, part in enumerate(parts[:-1]):
+        above = SPLIT_FOLDERS.get(parts[number - 1].lower()) if number else None
+        if unicodedata.normalize("NFC", part) == image.label and image.split in (None, above):
+            return top.joinpath(*parts[number + 1 :])
+    return top / parts[-1]
 
 
 def _parts(raw: Path) -> Iterator[Path]:
@@ -342,21 +392,17 @@ def _parts(raw: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.startswith(PART_PREFIX))
 
 
-def _remove(raw: Path, files: Iterable[Path]) -> None:
+def remove_files(raw: Path, files: Iterable[Path]) -> None:
     """Removes files, and the folders in raw that this empties."""
-    for file in list(files):
+    gone = list(files)
+    for file in gone:
         file.unlink()
-        folder = file.parent
-        while folder != raw and not any(folder.iterdir()):
+    remove_empty_folders(raw, (file.parent for file in gone))
+
+
+def remove_empty_folders(raw: Path, folders: Iterable[Path]) -> None:
+    """Removes those of the folders in raw that hold nothing, and what that empties above them."""
+    for folder in sorted(set(folders), reverse=True):
+        while folder != raw and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size
-
-
-def _named(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """A line for each of the first 20, and how many more."""
-    lines = [f"  {path}: {reason}" for path, reason in pairs]
-    return lines[:NUM_NAMED] + ([f"  and {len(lines) - NUM_NAMED:,} more"] if len(lines) > NUM_NAMED else [])

@@ -127,6 +127,7 @@ def environment() -> dict[str, str]:
     scripts = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
     return {
+        "GIT_TERMINAL_PROMPT": "0",  # a flow that runs by itself must fail, not wait for a password
         **os.environ,
         "PATH": path if path.split(os.pathsep)[0] == scripts else scripts + os.pathsep + path,
         "DVC_NO_ANALYTICS": "1",
@@ -168,12 +169,15 @@ def dvc(layout: Layout, *arguments: str) -> str:
         env=environment(),
     )
     if run.returncode != 0:
-        raise WorkspaceError(f"`dvc {' '.join(arguments)}` failed: {run.stderr.strip() or run.stdout.strip()}")
+        said = run.stderr.split("Having any troubles?")[0].strip() or run.stdout.strip()
+        raise WorkspaceError(f"`dvc {' '.join(arguments)}` failed: {said}")
     return run.stdout.strip()
 
 
 def track_raw(layout: Layout) -> None:
     """Puts data/raw as it is now under DVC: the bytes into its cache, the pointer into data/raw.dvc.
+
+    The pointer is staged in git, as the setting core.autostage says, and the log of what people did goes with it.
 
     Raises:
         StoreError: If a shard was damaged since: DVC would take it for a new version and point at that.
@@ -182,6 +186,43 @@ def track_raw(layout: Layout) -> None:
     changed = [shard for shard in shard_paths(layout.raw) if shard.stat().st_mtime_ns >= since]
     refuse_damaged([shard for shard in changed if not is_whole(shard)])
     dvc(layout, "--wait-for-lock", "add", "--quiet", str(layout.raw.relative_to(layout.root)))
+    if layout.raw_changes.is_file():
+        git(layout, "add", "--", str(layout.raw_changes.relative_to(layout.root)))
+
+
+def default_remote(layout: Layout) -> str | None:
+    """The name of DVC's default remote; None where none is set."""
+    try:
+        return dvc(layout, "config", "core.remote") or None
+    except WorkspaceError:
+        return None  # DVC's way to say that it is not set
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Where a branch is pushed to.
+
+    Args:
+        remote: Name of the git remote.
+        ref: Branch there, in full.
+    """
+
+    remote: str
+    ref: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.remote}/{self.ref.removeprefix('refs/heads/')}"
+
+
+def upstream(layout: Layout) -> Upstream | None:
+    """Where the current branch is pushed to; None where it has no upstream, or no branch is checked out."""
+    try:
+        branch = git(layout, "symbolic-ref", "--short", "HEAD")
+        remote, ref = (git(layout, "config", f"branch.{branch}.{key}") for key in ("remote", "merge"))
+    except WorkspaceError:
+        return None
+    return Upstream(remote, ref)
 
 
 def stale_stages(layout: Layout) -> dict[str, list[str]]:

@@ -36,6 +36,11 @@ class Layout:
         return self.data / "raw.dvc"
 
     @property
+    def raw_changes(self) -> Path:
+        """The log of what people did to raw/, tracked by git beside raw.dvc (flows/raw_log.py)."""
+        return self.data / "raw-changes.jsonl"
+
+    @property
     def images(self) -> Path:
         """The manifest: one row an image in raw/ (index_images)."""
         return self.data / "manifest" / "images.parquet"

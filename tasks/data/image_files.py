@@ -129,18 +129,24 @@ def _walk(folder: Path, skipped: list[tuple[str, str]], root: Path) -> Iterator[
 
 def _skip_reason(entry: os.DirEntry[str]) -> str | None:
     """Why an entry cannot be an image or hold some, judged by its name and kind; None where it can."""
-    name = entry.name.lower()
-    if name.startswith("."):
-        return "hidden"
-    if entry.name != _printable(entry.name):
-        return "its name is no UTF-8 text"
+    reason = no_image_reason(entry.name, is_folder=entry.is_dir())
+    if reason is not None:
+        return reason
     if entry.is_dir():
-        if entry.is_symlink():
-            return "a link to a folder"
-        return "no folder of images" if name in NO_IMAGE_FOLDERS else None
-    if not entry.is_file():
-        return "a broken link or no plain file"
-    if name in NO_IMAGE_NAMES or NO_IMAGE_SUFFIXES.search(name):
+        return "a link to a folder" if entry.is_symlink() else None
+    return None if entry.is_file() else "a broken link or no plain file"
+
+
+def no_image_reason(name: str, *, is_folder: bool = False) -> str | None:
+    """Why a file of this name cannot be an image, or a folder hold some; None where it can."""
+    lower = name.lower()
+    if lower.startswith("."):
+        return "hidden"
+    if name != _printable(name):
+        return "its name is no UTF-8 text"
+    if is_folder:
+        return "no folder of images" if lower in NO_IMAGE_FOLDERS else None
+    if lower in NO_IMAGE_NAMES or NO_IMAGE_SUFFIXES.search(lower):
         return "no image by its name"
     return None
 

@@ -112,6 +112,9 @@ def test_the_doctor_fails_where_params_are_broken(workspace: Workspace) -> None:
     [
         "sample",
         "add",
+        "ingest",
+        "relabel",
+        "remove",
         "retrain",
         "status",
         "predict",
