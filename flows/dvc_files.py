@@ -1,12 +1,16 @@
-"""dvc.lock and data/raw.dvc after a kill. DVC writes both in place, so that one in a bad moment leaves half of one.
+"""What a kill leaves of DVC's files: half a dvc.lock or data/raw.dvc, which DVC writes in place, and locks of the dead.
 
 A copy of the last whole dvc.lock is kept in .dvc/tmp. What a stage made is not lost with its entry: its outputs are in
 DVC's cache, and the run cache finds them again. Call these with the workspace's lock held.
 """
 
+import json
 import logging
 import subprocess
+from pathlib import Path
+from typing import Any
 
+import psutil
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -35,6 +39,8 @@ def keep_lock(layout: Layout) -> None:
 
 def mend(layout: Layout) -> None:
     """Puts back what a kill left half written: from the copy, else as git has it, else away, to be made again."""
+    if _is_held_by_the_dead(layout):
+        layout.dvc_rwlock.unlink()
     if layout.dvc_lock.is_file() and not is_whole(layout.dvc_lock.read_bytes()):
         copy = layout.dvc_lock_copy.read_bytes() if layout.dvc_lock_copy.is_file() else None
         _put_back(layout, "dvc.lock", copy or _committed(layout, "dvc.lock"))
@@ -47,7 +53,31 @@ def is_torn(layout: Layout) -> bool:
     """Whether there is something to mend, or DVC is writing right now."""
     lock, pointer = layout.dvc_lock, layout.raw_pointer
     torn_lock = lock.is_file() and not is_whole(lock.read_bytes())
-    return torn_lock or (pointer.is_file() and not _is_pointer(pointer.read_bytes()))
+    torn_pointer = pointer.is_file() and not _is_pointer(pointer.read_bytes())
+    return torn_lock or torn_pointer or _is_held_by_the_dead(layout)
+
+
+def _is_held_by_the_dead(layout: Layout) -> bool:
+    """Whether DVC's list of who reads and writes what is torn, or names no process that still runs DVC.
+
+    DVC takes a number that any process has for a holder: one that ended and was not yet reaped, or another program
+    which got the number after a restart of the container. It would wait for that for ever.
+    """
+    try:
+        held: dict[str, Any] = json.loads(layout.dvc_rwlock.read_bytes())
+        holders = [*held["write"].values(), *(reader for readers in held["read"].values() for reader in readers)]
+        return bool(holders) and not any(_runs_dvc(holder["pid"]) for holder in holders)
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return True
+
+
+def _runs_dvc(pid: int) -> bool:
+    try:
+        return any(Path(word).name == "dvc" for word in psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
 
 
 def _is_pointer(data: bytes) -> bool:

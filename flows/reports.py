@@ -8,7 +8,7 @@ from typing import Any
 
 from deploy.registry import Registry, Version
 from flows.promotion import Verdict, read_reports
-from flows.workspace import StageRun, data_version, stale_stages
+from flows.workspace import StageRun, data_version, holder, stale_stages
 from tasks.layout import Layout
 
 OUTCOMES = {
@@ -118,12 +118,14 @@ class Standing:
         champion: The version in production, or None.
         accuracy: The champion's on the test images of its time, or None.
         data_version: DVC's hash of data/raw as it was last added, or None.
-        would_run: The stages that a retrain would run, each with the reasons.
+        holder: Who is at work in the workspace right now, or None.
+        would_run: The stages that a retrain would run, each with the reasons; not looked at while somebody is at work.
     """
 
     champion: Version | None
     accuracy: float | None
     data_version: str | None
+    holder: str | None
     would_run: dict[str, list[str]]
 
     def as_dict(self) -> dict[str, Any]:
@@ -132,6 +134,7 @@ class Standing:
             "champion": _version_facts(self.champion),
             "accuracy": self.accuracy,
             "data_version": self.data_version,
+            "busy": self.holder,
             "would_run": self.would_run,
         }
 
@@ -142,6 +145,8 @@ class Standing:
             accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f} when it was measured"
             champion = f"version {self.champion.id}, registered {_minute(self.champion)} UTC{accuracy}"
         lines = [f"Champion  {champion}", f"Data      {self.data_version or 'not under DVC yet'}"]
+        if self.holder is not None:
+            return "\n".join([*lines, f"Stages    {self.holder} is at work"])
         if not self.would_run:
             return "\n".join([*lines, "Stages    all up to date"])
         lines.append("Stages    a retrain would run:")
@@ -161,7 +166,8 @@ def standing(layout: Layout) -> Standing:
     registry = Registry(layout.registry_dir)
     champion = registry.champion()
     accuracy = None if champion is None else _accuracy(registry, champion)
-    return Standing(champion, accuracy, data_version(layout), stale_stages(layout))
+    busy = holder(layout)
+    return Standing(champion, accuracy, data_version(layout), busy, {} if busy else stale_stages(layout))
 
 
 def version_rows(layout: Layout) -> list[dict[str, Any]]:

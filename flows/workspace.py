@@ -122,6 +122,18 @@ def exclusive(layout: Layout, what: str) -> Iterator[None]:
         yield
 
 
+def holder(layout: Layout) -> str | None:
+    """Who holds the workspace's lock, in words; None where it is free."""
+    if not layout.lock.is_file():
+        return None
+    with layout.lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().decode("utf-8", "replace").strip() or "another process"
+    return None
+
+
 def environment() -> dict[str, str]:
     """What child processes see: this interpreter's commands first, no telemetry."""
     scripts = str(Path(sys.executable).parent)

@@ -163,6 +163,11 @@ class Layout:
         return self.root / "dvc.lock"
 
     @property
+    def dvc_rwlock(self) -> Path:
+        """DVC's list of the processes that read and write its files."""
+        return self.root / ".dvc" / "tmp" / "rwlock"
+
+    @property
     def dvc_lock_copy(self) -> Path:
         """The last whole one."""
         return self.root / ".dvc" / "tmp" / "tanuki-dvc.lock"

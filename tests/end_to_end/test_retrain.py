@@ -169,6 +169,7 @@ def test_a_second_retrain_while_one_runs_is_told_so_and_a_killed_one_loses_nothi
     lived_in.set_param("finetune.clip_norm", 0.9)
     first = started(lived_in, "[finetune]")
     second = lived_in.tanuki("retrain", check=False)
+    assert "`tanuki retrain` (process " in lived_in.tanuki("status").stdout
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     assert second.returncode == 1

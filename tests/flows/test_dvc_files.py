@@ -1,5 +1,12 @@
 """Half a dvc.lock or half a raw.dvc, as a killed DVC leaves it, is seen and put right."""
 
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
 from flows.dvc_files import is_torn, is_whole, keep_lock, mend
 from tasks.layout import Layout
 from tests.conftest import Workspace
@@ -68,3 +75,35 @@ def test_half_a_pointer_to_the_images_is_made_again_and_a_whole_one_is_left_alon
     layout.raw_pointer.write_bytes(POINTER[:20])
     mend(layout)
     assert not layout.raw_pointer.exists()
+
+
+def held_by(pid: int) -> str:
+    """What DVC notes while a process writes."""
+    return json.dumps({"write": {"data/features": {"pid": pid, "cmd": "dvc repro"}}, "read": {}})
+
+
+def test_locks_of_the_dead_are_dropped(workspace: Workspace) -> None:
+    layout = Layout(workspace.root)
+    ended = subprocess.Popen(["true", "dvc"])  # not yet reaped: its number is still taken
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    for torn in (held_by(ended.pid), held_by(os.getpid()), held_by(1)[:20], ""):
+        layout.dvc_rwlock.parent.mkdir(exist_ok=True)
+        layout.dvc_rwlock.write_text(torn)
+        assert is_torn(layout)
+        mend(layout)
+        assert not is_torn(layout)
+        workspace.dvc("status")
+    ended.wait()
+
+
+@pytest.mark.parametrize("nobody", [json.dumps({"write": {}, "read": {}}), None])
+def test_a_lock_that_a_living_dvc_holds_or_nobody_is_left_alone(workspace: Workspace, nobody: str | None) -> None:
+    layout = Layout(workspace.root)
+    layout.dvc_rwlock.parent.mkdir(exist_ok=True)
+    with subprocess.Popen([sys.executable, "-c", "input()", "dvc"], stdin=subprocess.PIPE) as alive:
+        held = nobody or held_by(alive.pid)
+        layout.dvc_rwlock.write_text(held)
+        assert not is_torn(layout)
+        mend(layout)
+        assert layout.dvc_rwlock.read_text() == held
+        alive.kill()
