@@ -22,6 +22,7 @@ from flows.workspace import exclusive, find_workspace, track_raw
 from tasks.layout import Layout
 
 if TYPE_CHECKING:
+    from deploy.bundle import Bundle
     from flows.corrections import CorrectionReport
     from flows.inbox import IngestReport
     from flows.ingest import AddReport
@@ -225,16 +226,14 @@ def predict(
     version: Annotated[int | None, typer.Option(help="A version instead of the champion.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
-    """Classify images with the champion."""
+    """Classify images with the champion; in a clone that has none, with the model that `dvc pull` brought."""
     from deploy.predictor import Predictor
-    from deploy.registry import Registry
 
-    registry = Registry(find_workspace(context.obj).registry_dir)
-    chosen = registry.version(version) if version else registry.require_champion()
-    with Predictor(registry.bundle(chosen.id)) as predictor:
+    bundle, number = _bundle_to_ask(find_workspace(context.obj), version)
+    with Predictor(bundle) as predictor:
         answers = predictor.predict_files(files, top_k=top)
     if as_json:
-        _print_json([{**asdict(answer), "version": chosen.id} for answer in answers])
+        _print_json([{**asdict(answer), "version": number} for answer in answers])
     else:
         for answer in answers:
             labels = "  ".join(f"{label} {share:.1%}" for label, share in answer.top) if answer.error is None else ""
@@ -393,6 +392,22 @@ def _prepare_raw(layout: Layout, *, sample: bool) -> None:
     elif not layout.raw_pointer.is_file():
         with exclusive(layout, "retrain"):
             track_raw(layout)
+
+
+def _bundle_to_ask(layout: Layout, version: int | None) -> "tuple[Bundle, int | None]":
+    """The bundle that answers, and its version; None for the last bundle made, in a clone without a registry.
+
+    The registry is no part of a clone: it is about one place's production. `dvc pull` brings data/bundle.
+    """
+    from deploy.bundle import read_bundle
+    from deploy.registry import Registry
+
+    registry = Registry(layout.registry_dir)
+    if version is None and not registry.versions() and layout.bundle_dir.is_dir():
+        asides.print("No version is registered here: data/bundle answers, which no gate was asked about.", style="dim")
+        return read_bundle(layout.bundle_dir), None
+    chosen = registry.version(version) if version else registry.require_champion()
+    return registry.bundle(chosen.id), chosen.id
 
 
 def _lay_out_sample(layout: Layout) -> None:

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from deploy.errors import TanukiError
 from deploy.machine import available_cores
-from flows.workspace import environment, find_workspace
+from flows.workspace import WorkspaceError, default_remote, environment, find_workspace, missing_in_remote
 from tasks.layout import Layout
 from tasks.params import load_params
 
@@ -53,7 +53,7 @@ def examine(start: Path) -> list[Finding]:
         layout = find_workspace(start)
     except TanukiError as error:
         return [*found, Finding("workspace", "problem", str(error))]
-    return [*found, _disk(layout), _params(layout), *_dvc(layout), _prefect()]
+    return [*found, _disk(layout), _params(layout), _dvc(layout), _prefect()]
 
 
 def _python() -> Finding:
@@ -144,16 +144,29 @@ def _params(layout: Layout) -> Finding:
     return Finding("params.yaml", "ok", f"backbone {params.backbone.source}")
 
 
-def _dvc(layout: Layout) -> Iterator[Finding]:
-    remotes = _says(sys.executable, "-m", "dvc", "--cd", str(layout.root), "remote", "list")
-    if remotes:
-        yield Finding("DVC remote", "ok", remotes.replace("\t", " at "))
-    else:
-        yield Finding(
+def _dvc(layout: Layout) -> Finding:
+    """The default remote: there, and willing to say what it has of data/raw."""
+    remote = default_remote(layout)
+    if remote is None:
+        return Finding(
             "DVC remote",
             "warning",
-            "none, so data versions live on this disk only. Run `dvc remote add -d storage URL` and `dvc push`.",
+            "no default, so data versions live on this disk only. Run `dvc remote add -d NAME URL` and `dvc push`.",
         )
+    if not layout.raw_pointer.is_file():
+        return Finding("DVC remote", "ok", f"{remote}; not asked, for there is no data yet")
+    try:
+        missing = missing_in_remote(layout)
+    except WorkspaceError as error:
+        return Finding(
+            "DVC remote",
+            "warning",
+            f"{remote} does not answer: {error} Look at `dvc remote list`, at your rights and at the network; ssh:// "
+            "and s3:// need the packages dvc-ssh and dvc-s3.",
+        )
+    if missing:
+        return Finding("DVC remote", "warning", f"{remote} lacks {len(missing):,} files of data/raw. Run `dvc push`.")
+    return Finding("DVC remote", "ok", f"{remote} answers and has all of data/raw")
 
 
 def _prefect() -> Finding:

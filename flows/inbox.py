@@ -5,7 +5,6 @@ The inbox loses a file only in the last of them, so it is its own journal: after
 is left, knows by content what data/raw has already, and goes on.
 """
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from flows.ingest import Added, AddReport, add_from
 from flows.shards import shard_bytes
 from flows.sources import SHAPES, Folder, Url, named_lines
-from flows.workspace import WorkspaceError, default_remote, dvc, git, track_raw, upstream
+from flows.workspace import WorkspaceError, default_remote, dvc, git, missing_in_remote, track_raw, upstream
 from tasks.data.image_files import ImageFile, Listing
 from tasks.errors import DataError
 from tasks.layout import Layout
@@ -140,7 +139,7 @@ def secure(layout: Layout) -> str | None:
         return None
     try:
         dvc(layout, "--wait-for-lock", "push", "--quiet", str(layout.raw_pointer.relative_to(layout.root)))
-        missing = _not_in_remote(layout)
+        missing = missing_in_remote(layout)
     except WorkspaceError as error:
         raise WorkspaceError(
             f"The DVC remote {remote} did not take the images: {error} The inbox keeps everything; mend the remote "
@@ -154,16 +153,6 @@ def secure(layout: Layout) -> str | None:
             "all of it lies there: remove that file from the remote and run the command again. The inbox keeps all."
         )
     return remote
-
-
-def _not_in_remote(layout: Layout) -> list[str]:
-    """Files of data/raw that the remote lacks, each looked for.
-
-    `dvc status --cloud` will not do: it believes the listing of a version and misses files that the remote has lost.
-    """
-    raw = str(layout.raw.relative_to(layout.root))
-    told = json.loads(dvc(layout, "data", "status", "--not-in-remote", "--granular", "--json", raw) or "{}")
-    return list(told.get("not_in_remote", []))
 
 
 def publish(layout: Layout) -> tuple[str | None, str | None]:
