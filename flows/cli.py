@@ -291,6 +291,38 @@ def lineage(context: typer.Context, version: VersionId) -> None:
 
 
 @app.command()
+def verify(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="BUNDLE|VERSION", help="A bundle's folder, or a version's number.")],
+    as_json: Json = False,
+) -> None:
+    """Check every digest of a bundle, its graphs and labels, and run its golden pictures."""
+    from deploy.golden import check_golden
+
+    bundle = _bundle_to_verify(context.obj, what)
+    check = check_golden(bundle)
+    facts = {
+        "directory": str(bundle.directory),
+        "digest": bundle.digest,
+        "format_version": bundle.format_version,
+        "precision": bundle.precision,
+        "labels": list(bundle.labels),
+        "lineage": dict(bundle.lineage),
+        "digests": dict(bundle.digests),
+        "golden": asdict(check),
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    out.print(
+        f"{escape(str(bundle.directory))} is whole: bundle {bundle.digest[:12]} of format version "
+        f"{bundle.format_version}, {len(bundle.digests)} files, {len(bundle.labels)} classes.\n"
+        f"It answers its {check.num_pictures} golden pictures as it did when it was written: a probability differs by "
+        f"at most {check.max_probability_difference:.1e}."
+    )
+
+
+@app.command()
 def suspects(
     context: typer.Context,
     top: Annotated[int, typer.Option(help="How many to show.", min=1)] = 20,
@@ -408,6 +440,16 @@ def _bundle_to_ask(layout: Layout, version: int | None) -> "tuple[Bundle, int | 
         return read_bundle(layout.bundle_dir), None
     chosen = registry.version(version) if version else registry.require_champion()
     return registry.bundle(chosen.id), chosen.id
+
+
+def _bundle_to_verify(root: Path, what: str) -> "Bundle":
+    """The bundle of a version, or the one in a folder; a folder needs no workspace."""
+    from deploy.bundle import read_bundle
+    from deploy.registry import Registry
+
+    if what.isdecimal() and not Path(what).is_dir():
+        return Registry(find_workspace(root).registry_dir).bundle(int(what))
+    return read_bundle(Path(what))
 
 
 def _lay_out_sample(layout: Layout) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -301,11 +302,29 @@ def test_a_bundle_tells_its_lineage_and_not_whose_machine_it_came_from(
     lineage = verify_bundle(workspace.bundle_dir).lineage
     assert (lineage["architecture"], lineage["licence"], lineage["kept_stages"]) == (ARCHITECTURE, "MIT", [])
     assert lineage["backbone_source"] == "file:weights.safetensors"
-    model = onnx.load(workspace.bundle_dir / "model.onnx")
-    assert json.loads(metadata(model)["labels"]) == list(LABELS)
-    assert json.loads(metadata(model)["manifest_sha256"]) == sha256_bytes(workspace.accepted.read_bytes())
+    for name in ("model.onnx", "front.onnx", "back.onnx"):
+        told = {key: json.loads(value) for key, value in metadata(onnx.load(workspace.bundle_dir / name)).items()}
+        assert told.items() >= lineage.items()
+        assert (told["labels"], told["bundle_format_version"]) == (list(LABELS), 2)
+        assert told["manifest_sha256"] == sha256_bytes(workspace.accepted.read_bytes())
+        assert "central square" in told["preprocessing"]
     for path in workspace.bundle_dir.rglob("*"):
         assert path.is_dir() or not any(mark in path.read_bytes() for mark in (b"somebody", bytes(workspace.root)))
+
+
+def test_the_class_map_version_follows_the_classes_numbers_and_nothing_else(
+    workspace: Layout, params: ExportOnnxParams
+) -> None:
+    def version(class_ids: dict[str, int], rows: pd.DataFrame) -> str:
+        write_manifest(workspace.accepted, rows.assign(class_id=rows["label"].map(class_ids)))
+        export_onnx.run(workspace, export_onnx=params)
+        return str(verify_bundle(workspace.bundle_dir).lineage["class_map_version"])
+
+    rows = read_manifest(workspace.accepted)
+    ids = {label: number for number, label in enumerate(LABELS)}
+    first = version(ids, rows)
+    assert version(ids, rows.iloc[1:].reset_index(drop=True)) == first
+    assert version({**ids, "kite": 7}, rows) != first
 
 
 def test_the_same_workspace_makes_the_same_bundle(workspace: Layout, params: ExportOnnxParams) -> None:
