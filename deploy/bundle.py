@@ -5,6 +5,7 @@
     back.onnx     its second half, a batch at a time: pixels → probabilities and embedding
     bundle.json   format version, labels, signature, preprocessing, lineage, the digest of every other file and its own
     golden/       a few encoded pictures and, in golden.json, what this bundle answered for them (deploy/golden.py)
+    bundle.sig    where somebody signed it (deploy/signing.py)
 
 A graph's metadata_props say what matters of bundle.json, so that a lone file tells what it is. Nothing is unpickled,
 and no session opens a graph before all of the bundle was found whole and the graphs to need nothing besides. Nothing
@@ -31,6 +32,7 @@ from deploy.runtime import open_session
 FORMAT_VERSION = 2
 
 MODEL, FRONT, BACK, INDEX = "model.onnx", "front.onnx", "back.onnx", "bundle.json"
+SIGNATURE = "bundle.sig"
 GRAPHS = (MODEL, FRONT, BACK)
 PRECISION = "fp32"
 
@@ -195,7 +197,8 @@ def verify_bundle(directory: Path) -> Bundle:
 
 def bundle_files(bundle: Bundle) -> list[str]:
     """The files that make up a bundle, as names in its folder; what a copy must hold."""
-    return [INDEX, *bundle.digests]
+    signature = [SIGNATURE] if (bundle.directory / SIGNATURE).is_file() else []
+    return [INDEX, *bundle.digests, *signature]
 
 
 def _signature(graphs: Mapping[str, bytes], labels: tuple[str, ...]) -> dict[str, Any]:

@@ -41,6 +41,9 @@ INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the registry's history.")]
+BundleOrVersion = Annotated[
+    str, typer.Argument(metavar="BUNDLE|VERSION", help="A bundle's folder, or a version's number.")
+]
 VersionId = Annotated[int, typer.Argument(help="A number from `tanuki versions`.", min=1)]
 
 
@@ -293,13 +296,20 @@ def lineage(context: typer.Context, version: VersionId) -> None:
 @app.command()
 def verify(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="BUNDLE|VERSION", help="A bundle's folder, or a version's number.")],
+    what: BundleOrVersion,
+    public_key: Annotated[
+        Path | None, typer.Option(help="Require a signature by this key.", envvar="TANUKI_PUBLIC_KEY")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check every digest of a bundle, its graphs and labels, and run its golden pictures."""
+    """Check every digest of a bundle, its graphs, labels and signature, and run its golden pictures."""
     from deploy.golden import check_golden
 
-    bundle = _bundle_to_verify(context.obj, what)
+    bundle, signed_by = _bundle_to_check(context.obj, what), None
+    if public_key:
+        from deploy.signing import require_signature
+
+        signed_by = require_signature(bundle, public_key)
     check = check_golden(bundle)
     facts = {
         "directory": str(bundle.directory),
@@ -310,6 +320,7 @@ def verify(
         "lineage": dict(bundle.lineage),
         "digests": dict(bundle.digests),
         "golden": asdict(check),
+        "signed_by": signed_by,
     }
     if as_json:
         _print_json(facts)
@@ -319,7 +330,38 @@ def verify(
         f"{bundle.format_version}, {len(bundle.digests)} files, {len(bundle.labels)} classes.\n"
         f"It answers its {check.num_pictures} golden pictures as it did when it was written: a probability differs by "
         f"at most {check.max_probability_difference:.1e}."
+        + (f"\nIt was signed by the key {signed_by}." if signed_by else "")
     )
+
+
+@app.command()
+def keygen(file: Annotated[Path, typer.Argument(help="The private key to write; the public one is FILE.pub.")]) -> None:
+    """Make a pair of keys to sign bundles with; the private one never leaves your hands."""
+    from deploy.signing import generate_keys, key_id
+
+    public_key = generate_keys(file)
+    out.print(f"Key {key_id(public_key)}: {escape(str(file))} signs, {escape(str(public_key))} verifies.")
+
+
+@app.command()
+def sign(
+    context: typer.Context,
+    what: BundleOrVersion,
+    key: Annotated[Path, typer.Option(help="The private key of `tanuki keygen`.", envvar="TANUKI_SIGNING_KEY")],
+) -> None:
+    """Sign a bundle that is whole, so that others can require it with the public key."""
+    from deploy.signing import sign_bundle
+
+    bundle = _bundle_to_check(context.obj, what)
+    folder = bundle.directory.resolve()
+    made_in = Layout(folder.parents[1])
+    if folder == made_in.bundle_dir and made_in.pipeline.is_file():
+        raise TanukiError(
+            f"{bundle.directory} is an output of DVC, which would make it again. Sign the version that a retrain "
+            "registered: `tanuki versions`, then `tanuki sign VERSION --key FILE`."
+        )
+    signed_by = sign_bundle(bundle, key)
+    out.print(f"{escape(str(bundle.directory))} is signed by the key {signed_by}.")
 
 
 @app.command()
@@ -442,7 +484,7 @@ def _bundle_to_ask(layout: Layout, version: int | None) -> "tuple[Bundle, int | 
     return registry.bundle(chosen.id), chosen.id
 
 
-def _bundle_to_verify(root: Path, what: str) -> "Bundle":
+def _bundle_to_check(root: Path, what: str) -> "Bundle":
     """The bundle of a version, or the one in a folder; a folder needs no workspace."""
     from deploy.bundle import read_bundle
     from deploy.registry import Registry

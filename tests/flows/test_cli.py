@@ -87,6 +87,19 @@ def test_a_bundle_is_verified_by_its_folder_or_its_version_and_a_damaged_one_fai
     assert "no version 7" in paragraph(workspace.tanuki("verify", "7", check=False))
 
 
+def test_a_version_is_signed_and_the_signature_can_be_required(workspace: Workspace) -> None:
+    Registry(workspace.root / "data" / "registry").register(write_colour_bundle(workspace.root / "made").directory, {})
+    key, public = workspace.root / "release.key", workspace.root / "release.key.pub"
+    assert "release.key.pub verifies" in workspace.tanuki("keygen", "release.key").stdout
+    assert "exists already" in paragraph(workspace.tanuki("keygen", "release.key", check=False))
+    assert "is not signed" in paragraph(workspace.tanuki("verify", "1", "--public-key", public, check=False))
+    workspace.tanuki("sign", "1", "--key", key)
+    told = json.loads(workspace.tanuki("verify", "1", "--public-key", public, "--json").stdout)
+    assert told["signed_by"]
+    write_colour_bundle(workspace.root / "data" / "bundle")
+    assert "an output of DVC" in paragraph(workspace.tanuki("sign", "data/bundle", "--key", key, check=False))
+
+
 def test_the_sample_is_laid_out_once_and_everything_would_run(workspace: Workspace) -> None:
     workspace.tanuki("sample")
     assert len(list((workspace.root / "data" / "raw").rglob("*.png"))) == 1797
@@ -142,6 +155,8 @@ def test_the_doctor_fails_where_params_are_broken(workspace: Workspace) -> None:
         "rollback",
         "lineage",
         "verify",
+        "keygen",
+        "sign",
         "pretrain",
         "doctor",
     ],
