@@ -31,11 +31,12 @@ from deploy.machine import available_cores
 from tasks import index_images
 from tasks.data.image_files import list_images
 from tasks.layout import Layout
-from tasks.params import IndexImagesParams
+from tasks.params import DataParams, IndexImagesParams
 
 NUM_GENERATED = 1000
 NUM_CLASSES = 10
 SIDES_PX = (224, 500)
+DATA = DataParams(layout="folders", shard_mb=256.0)
 PARAMS = IndexImagesParams(val_fraction=0.15, test_fraction=0.2, max_megapixels=100.0)
 
 
@@ -91,7 +92,7 @@ def index(layout: Layout) -> float:
     """Seconds that the stage takes from nothing."""
     layout.images.unlink(missing_ok=True)
     start = time.perf_counter()
-    index_images.run(layout, seed=0, index_images=PARAMS)
+    index_images.run(layout, seed=0, data=DATA, index_images=PARAMS)
     return time.perf_counter() - start
 
 
