@@ -270,7 +270,10 @@ def _next_commands(verdict: Verdict | None) -> Iterable[str]:
         ]
     if verdict is not None and verdict.champion != verdict.version:
         lines.append(f"             tanuki promote {verdict.version} --reason WHY       overrule the gate")
-    return [*lines, "Look at      data/reports/evaluation/            model card, confusion, worst mistakes"]
+    return [
+        *lines,
+        "Look at      data/reports/evaluation/index.html  worst mistakes, confusion, classes, slices; works offline",
+    ]
 
 
 def _wrapped(indent: str, text: str) -> str:

@@ -139,6 +139,16 @@ class Layout:
         return self.evaluation_dir / "predictions.parquet"
 
     @property
+    def robustness(self) -> Path:
+        """What the bundle answers for some of them, corrupted (evaluate); the gate asks the champion the same."""
+        return self.evaluation_dir / "robustness.csv"
+
+    @property
+    def evaluation_page(self) -> Path:
+        """All of the evaluation in one file, for people."""
+        return self.evaluation_dir / "index.html"
+
+    @property
     def model_card(self) -> Path:
         return self.evaluation_dir / "model_card.md"
 

@@ -129,7 +129,10 @@ class EvaluateParams(Section):
     """How the bundle is measured."""
 
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    draws: Annotated[int, Field(ge=100)]
     calibration_bins: Positive
+    min_slice_images: Positive
+    robustness_images: Annotated[int, Field(ge=0)]
     latency_runs: Positive
 
 
