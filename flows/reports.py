@@ -7,17 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploy.registry import Registry, Version
+from flows.decision_page import OUTCOMES
 from flows.promotion import Verdict, read_reports
 from flows.workspace import StageRun, data_version, holder, stale_stages
 from tasks.layout import Layout
 
-OUTCOMES = {
-    "first": "promoted: the first model",
-    "promote": "promoted",
-    "refuse": "refused",
-    "undecided": "undecided, so not promoted",
-    "champion": "nothing to decide",
-}
 WIDTH = 100
 
 

@@ -153,6 +153,16 @@ class Layout:
         return self.evaluation_dir / "model_card.md"
 
     @property
+    def decision(self) -> Path:
+        """What the gate said last, for scripts; no DVC output."""
+        return self.reports_dir / "gate" / "decision.json"
+
+    @property
+    def decision_page(self) -> Path:
+        """The same for people."""
+        return self.reports_dir / "gate" / "index.html"
+
+    @property
     def suspects(self) -> Path:
         """path,label,suggested,... of images whose label is probably wrong, the most probable first; no DVC output."""
         return self.reports_dir / "suspects" / "suspects.csv"

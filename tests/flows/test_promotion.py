@@ -1,5 +1,6 @@
 """What becomes of a bundle: each outcome of the gate with its consequence, on real bundles that tell colours apart."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from deploy.files import sha256_bytes, write_json
 from deploy.predictor import Predictor
 from deploy.registry import Registry
 from flows import promotion, reports
+from tasks.evaluation.robustness import robust_answers
 from tasks.layout import Layout
 from tests.conftest import Workspace
 from tests.deploy.tiny_bundle import LABELS, colour_image, encoded, write_colour_bundle
+from tests.tasks.test_evaluation import Page
 
 GOOD, SHARPER, WRONG = 8.0, 9.0, -8.0
 IMAGES_PER_CLASS = 60
@@ -42,6 +45,16 @@ def evaluated(layout: Layout, sharpness: float) -> None:
     labels = [Path(path).parts[0] for path in paths]
     layout.predictions.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"path": paths, "label": labels, "probabilities": list(probabilities)}), layout.predictions)
+    with Predictor(bundle) as predictor:
+        spoiled = robust_answers(predictor, [(layout.raw / path).read_bytes() for path in paths[::20]])
+    with layout.robustness.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "corruption", "label", "predicted"))
+        for corruption, found in spoiled.items():
+            writer.writerows(
+                (path, corruption, Path(path).parts[0], bundle.labels[column])
+                for path, column in zip(paths[::20], found, strict=True)
+            )
     layout.model_card.write_text("# A model of colours")
     accuracy = float(
         np.mean([bundle.labels[row.argmax()] == label for row, label in zip(probabilities, labels, strict=True)])
@@ -118,6 +131,40 @@ def test_a_forced_promotion_is_audited_and_a_rollback_undoes_it(layout: Layout) 
     told = reports.version_lineage(layout, 2)
     assert [event["reason"] for event in told["events"] if event["kind"] == "forced"] == ["a demonstration"]
     assert told["decision"]["outcome"] == "refuse"
+
+
+def test_the_decision_is_told_as_json_and_as_a_page(layout: Layout) -> None:
+    evaluated(layout, GOOD)
+    promotion.judge(layout, promote=True)
+    assert "promoted: the first model" in layout.decision_page.read_text(encoding="utf-8")
+    evaluated(layout, WRONG)
+    verdict = promotion.judge(layout, promote=True)
+    told = json.loads(layout.decision.read_text(encoding="utf-8"))
+    assert (told["outcome"], told["version"], told["champion"]) == ("refuse", 2, 1)
+    assert told["reasons"] == list(verdict.reasons)
+    assert told["numbers"]["num_uses"] == 1
+    assert told["numbers"]["champion_robust_accuracy"] > told["numbers"]["robust_accuracy"]
+    assert any(reason.startswith("less robust") for reason in verdict.reasons)
+    text = layout.decision_page.read_text(encoding="utf-8")
+    assert Page(text).addresses == []
+    assert ">refused<" in text
+    assert "These test images have been used for\n1 verdict before" in text
+    assert "grün" in text
+
+
+def test_a_changed_test_set_and_changed_splits_are_told(layout: Layout) -> None:
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True)
+    (layout.raw / LABELS[0] / "0.png").unlink()
+    Workspace(layout.root, layout.root).set_param("seed", 7)
+    evaluated(layout, GOOD)
+    verdict = promotion.judge(layout, promote=True)
+    assert verdict.outcome == "promote"
+    assert [warning.split(";")[0] for warning in verdict.warnings] == [
+        "the test images are not those that the champion was first measured on",
+        "seed of params.yaml changed since the champion was trained, and with them the splits: it may have learnt some "
+        "of today's test images, which flatters it. Add fresh test images.",
+    ]
 
 
 def test_the_list_of_versions_tells_accuracy_and_what_was_said(layout: Layout) -> None:

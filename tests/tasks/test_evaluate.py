@@ -187,7 +187,7 @@ def test_the_page_is_one_file_that_shows_every_class_and_the_mistakes(
     assert '<b>&"' not in text
     num_wrong = round(report.num_test * (1 - report.accuracy))
     assert text.count("<li><img") == min(num_wrong, 18)
-    assert f"{100 * report.accuracy:.1f} %" in text
+    assert f"{report.accuracy:.1%}" in text
     assert report.bundle_digest in text
     assert str(layout.root) not in text
     assert len(text) < 600_000
