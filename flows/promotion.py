@@ -129,19 +129,19 @@ def is_judged(layout: Layout, *, promote: bool) -> bool:
 def force(layout: Layout, version: int, *, reason: str) -> str:
     """Makes a version champion whatever the gate said of it."""
     registry = Registry(layout.registry_dir)
-    before = registry.champion()
-    if before is not None and before.id == version:
-        return f"Version {version} is champion already."
-    registry.promote(version, reason=reason, expected=None if before is None else before.id, forced=True)
-    return f"Version {version} is champion now" + ("." if before is None else f", in place of version {before.id}.")
+    before = registry.champion_id()
+    if before == version:
+        return f"Version {registry.version(version).id} is champion already."
+    registry.promote(version, reason=reason, expected=before, forced=True)
+    return f"Version {version} is champion now" + ("." if before is None else f", in place of version {before}.")
 
 
 def roll_back(layout: Layout, *, reason: str) -> str:
     """Makes the previous champion the champion again."""
     registry = Registry(layout.registry_dir)
-    before = registry.champion()
+    before = registry.champion_id()
     now = registry.rollback(reason)
-    return f"Version {now.id} is champion again" + ("." if before is None else f", in place of version {before.id}.")
+    return f"Version {now.id} is champion again, in place of version {before}."
 
 
 def lineage(layout: Layout) -> dict[str, Any]:

@@ -2,18 +2,23 @@
 
 import csv
 import json
+import shutil
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner, Result
 
 from deploy.bundle import read_bundle
+from deploy.errors import RegistryError
 from deploy.files import sha256_bytes, write_json
 from deploy.predictor import Predictor
 from deploy.registry import Registry
 from flows import promotion, reports
+from flows.cli import app
 from tasks.evaluation.robustness import robust_answers
 from tasks.layout import Layout
 from tests.conftest import Workspace
@@ -177,6 +182,39 @@ def test_the_list_of_versions_tells_accuracy_and_what_was_said(layout: Layout) -
         (1, True, 1.0, "promoted"),
         (2, False, 0.0, "refused"),
     ]
+
+
+def test_who_was_champion_when_is_told(layout: Layout) -> None:
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True)
+    evaluated(layout, GOOD)
+    promotion.judge(layout, promote=True)
+    first, second = (event for event in Registry(layout.registry_dir).events() if event.kind == "promoted")
+
+    def versions(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["--root", str(layout.root), "versions", "--at", *arguments])
+
+    told = json.loads(versions(first.time, "--json").stdout)
+    assert (told["version"], told["since"], told["how"], told["warnings"]) == (1, first.time, "promoted", [])
+    text = versions(datetime.fromisoformat(second.time).isoformat(" ")).stdout
+    assert text.startswith("Version 2 was champion at ")
+    assert "better: accuracy" in text
+    assert "No version was champion" in versions("2001-02-03").stdout
+    assert versions("yesterday").exit_code == 2
+
+
+def test_a_lost_champion_stops_the_gate_and_a_forced_promotion_or_rollback_helps(layout: Layout) -> None:
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True)
+    evaluated(layout, GOOD)
+    promotion.judge(layout, promote=True)
+    shutil.rmtree(layout.registry_dir / "versions" / "2")
+    evaluated(layout, SHARPER)
+    with pytest.raises(RegistryError, match=r"version 2 is the champion, but .* is gone.*tanuki rollback"):
+        promotion.judge(layout, promote=True)
+    assert [(row["id"], row["champion"]) for row in reports.version_rows(layout)] == [(1, False), (3, False)]
+    assert promotion.force(layout, 3, reason="2 was lost") == "Version 3 is champion now, in place of version 2."
+    assert promotion.judge(layout, promote=True).outcome == "champion"
 
 
 def test_what_is_registered_stays_when_the_workspace_goes_on(layout: Layout) -> None:
