@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -33,6 +31,7 @@ from tasks.data.views import CENTRE, apply_view, is_crop, training_views
 from tasks.errors import DataError, StoreError
 from tasks.export.preprocessing import preprocessing_graph
 from tasks.models.backbone_card import read_card
+from tasks.parallel import ordered_map
 from tasks.progress import progress
 
 if TYPE_CHECKING:
@@ -261,7 +260,7 @@ def _extract(store: FeatureStore, missing: list[Work], extractor: Extractor, bat
     pending: list[Extracted] = []
     before = len(store)
     try:
-        for part in _ordered_map(extractor, batches, workers=available_cores()):
+        for part in ordered_map(extractor, batches, workers=available_cores()):
             unusable += part.unusable
             overflowing += part.overflowing
             pending.append(part)
@@ -290,18 +289,6 @@ def _batches(works: Iterable[Work], batch_size: int) -> Iterator[list[Work]]:
             batch = []
     if batch:
         yield batch
-
-
-def _ordered_map(call: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
-    """Results in the order of the items, from threads; never more than two items a thread are under way."""
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for item in items:
-            waiting.append(pool.submit(call, item))
-            if len(waiting) >= 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _raise_problems(unusable: Sequence[str], overflowing: Sequence[str]) -> None:
