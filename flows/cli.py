@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -246,11 +247,26 @@ def predict(
 
 
 @app.command()
-def versions(context: typer.Context, as_json: Json = False) -> None:
+def versions(
+    context: typer.Context,
+    at: Annotated[
+        str | None, typer.Option(help="Tell who was champion at a time (ISO 8601; UTC where it names no zone) instead.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the registry's versions, what the gate said of each, and which is champion."""
-    from flows.reports import version_rows
+    from flows.reports import live_at, version_rows
 
-    rows = version_rows(find_workspace(context.obj))
+    layout = find_workspace(context.obj)
+    if at is not None:
+        try:
+            when = datetime.fromisoformat(at)
+        except ValueError as error:
+            raise typer.BadParameter(f"{at!r} is no time such as 2026-11-24T12:30.") from error
+        told = live_at(layout, when if when.tzinfo else when.replace(tzinfo=UTC))
+        _print_json(told) if as_json else _tell_live(told)
+        return
+    rows = version_rows(layout)
     if as_json:
         _print_json(rows)
         return
@@ -502,6 +518,16 @@ def _lay_out_sample(layout: Layout) -> None:
     change_layout(layout)
     track_raw(layout)
     asides.print(f"{number} handwritten digits are in {os.path.relpath(layout.raw)}, tracked by DVC.")
+
+
+def _tell_live(told: dict[str, Any]) -> None:
+    if told["version"] is None:
+        out.print(f"No version was champion at {told['at']}.")
+    else:
+        how = f"{told['how'].replace('_', ' ')} {told['since']}: {told['reason']}"
+        out.print(escape(f"Version {told['version']} was champion at {told['at']} ({how})"))
+    for warning in told["warnings"]:
+        out.print(f"warning: {warning}")
 
 
 def _tell_changed(report: "AddReport | CorrectionReport | IngestReport") -> None:

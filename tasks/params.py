@@ -129,7 +129,10 @@ class EvaluateParams(Section):
     """How the bundle is measured."""
 
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    draws: Annotated[int, Field(ge=100)]
     calibration_bins: Positive
+    min_slice_images: Positive
+    robustness_images: Annotated[int, Field(ge=0)]
     latency_runs: Positive
 
 
@@ -143,7 +146,10 @@ class GateParams(Section):
     max_class_loss: Fraction
     min_class_images: Positive
     max_nll_increase: Annotated[float, Field(ge=0)]
+    max_overconfidence: Fraction
+    max_robustness_loss: Fraction
     min_accuracy: Fraction
+    min_class_accuracy: Fraction
     max_latency_ratio: Annotated[float, Field(gt=0)]
     max_size_ratio: Annotated[float, Field(gt=0)]
     warn_uses: Positive
