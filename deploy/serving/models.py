@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Models:
-    """The versions that answer. `refresh` is called by one thread at a time; all else may be read from any.
+    """The versions that answer; may be asked and refreshed from any thread.
 
     Args:
         registry: Where the champion is named.
@@ -56,6 +56,7 @@ class Models:
         self._retired: list[LiveModel] = []
         self._seen: tuple[int, ...] | None = ()
         self._retry_at = 0.0
+        self._refreshing = threading.Lock()
 
     @property
     def loaded(self) -> list[LiveModel]:
@@ -94,12 +95,13 @@ class Models:
         Args:
             force: Look whatever the pointer says.
         """
-        seen = self._stamp()
-        is_due = self.problem is not None and time.monotonic() >= self._retry_at
-        if force or is_due or seen != self._seen:
-            self._seen = seen
-            self._follow()
-        self._let_go()
+        with self._refreshing:
+            seen = self._stamp()
+            is_due = self.problem is not None and time.monotonic() >= self._retry_at
+            if force or is_due or seen != self._seen:
+                self._seen = seen
+                self._follow()
+            self._let_go()
 
     def _stamp(self) -> tuple[int, ...] | None:
         """What changes when the pointer is replaced."""

@@ -1,5 +1,6 @@
 """The Open Inference Protocol over HTTP, with the extensions that a client of Triton may call."""
 
+import asyncio
 from functools import partial
 from importlib.metadata import version as package_version
 
@@ -140,7 +141,7 @@ async def load(call: Call) -> Reply:
     name, models = str(call.path("model")), call.service.models
     if name != models.name:
         raise bad(f"failed to load '{name}', failed to poll from model repository")
-    await call.aside(partial(models.refresh, force=True))
+    await asyncio.to_thread(models.refresh, force=True)
     if models.problem is not None:
         raise bad(f"failed to load '{name}': {models.problem}")
     return Reply()
