@@ -246,6 +246,18 @@ def predict(
         raise typer.Exit(1)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def serve(context: typer.Context) -> None:
+    """Answer over HTTP with the champion, whichever that is; its own --help tells ports, limits, tokens and TLS."""
+    from deploy.serving.server import main as run_server
+
+    is_told = {"--registry", "-h", "--help"} & set(context.args)
+    registry = [] if is_told else ["--registry", str(find_workspace(context.obj).registry_dir)]
+    run_server([*registry, *context.args], program="tanuki serve")
+
+
 @app.command()
 def versions(
     context: typer.Context,
