@@ -1,6 +1,5 @@
 """Views, the feature store, and the stage cache_features on real files."""
 
-import json
 import logging
 import os
 import signal
@@ -374,16 +373,3 @@ def test_a_kill_in_the_middle_loses_at_most_what_was_not_committed(tmp_path: Pat
     report = run(killed)
     assert (report.extracted, report.reused) == (1920 - survived, survived)
     assert (report.stale, len(store_of(killed))) == (0, 1920)
-
-
-def test_the_stages_on_features_import_no_torch() -> None:
-    script = "import sys, tasks.cache_features, tasks.train_head; print(json.dumps(sorted(sys.modules)))"
-    result = subprocess.run(
-        [sys.executable, "-c", f"import json; {script}"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    loaded = set(json.loads(result.stdout))
-    assert not loaded & {"torch", "torchvision", "sklearn", "prefect"}
