@@ -16,7 +16,7 @@ from flows.garbage import collect_garbage
 from flows.workspace import WorkspaceError
 from tasks import cache_features
 from tasks.data.feature_store import FeatureStore, drop_orphans, open_store, writing
-from tasks.data.features import feature_space
+from tasks.data.features import feature_space, read_engine
 from tasks.data.manifest import read_manifest
 from tasks.layout import Layout
 from tasks.models.backbone_card import read_card
@@ -31,7 +31,8 @@ def extract(layout: Layout) -> int:
 
 
 def store_of(layout: Layout) -> FeatureStore:
-    return open_store(layout.features_dir, feature_space(read_card(layout.backbone_card)))
+    space = feature_space(read_card(layout.backbone_card), read_engine(layout.features_dir))
+    return open_store(layout.features_dir, space)
 
 
 def register(layout: Layout, workspace: Workspace, sharpness: float) -> int:
