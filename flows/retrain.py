@@ -15,6 +15,7 @@ from prefect.states import Completed
 from prefect.tasks import Task
 
 from flows import promotion, reports
+from flows.validation_artifacts import publish_validation
 from flows.workspace import TEMPORARY_FAILURE, StageError, StageRun, exclusive, find_workspace, reproduce, track_raw
 from tasks.layout import Layout
 
@@ -93,11 +94,16 @@ def retrain(root: Path | str = ".", promote: bool = True) -> Retrained:
     with exclusive(layout, "retrain"):
         track_raw(layout)
         backbone = fetch_backbone.submit(layout)  # beside the two that read no weights
-        data = [index_images(layout), validate_data(layout)]
+        indexed = index_images(layout)
+        try:
+            validated = validate_data(layout)
+        finally:
+            publish_validation(layout)
         backbone.wait()
         states = [
             backbone.state,
-            *data,
+            indexed,
+            validated,
             cache_features(layout),
             train_head(layout),
             finetune(layout),

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx
@@ -35,6 +33,7 @@ from tasks.errors import BackboneError, DataError, StoreError
 from tasks.export.preprocessing import preprocessing_graph
 from tasks.models.backbone_card import read_card
 from tasks.models.engines import TrunkEngine, open_engine
+from tasks.parallel import ordered_map
 from tasks.progress import progress
 
 if TYPE_CHECKING:
@@ -50,8 +49,6 @@ COMMIT_ROWS = 512  # a kill loses at most these
 NAMED = 20  # how many images an error names
 
 logger = logging.getLogger(__name__)
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -287,7 +284,7 @@ def _extract(store: FeatureStore, missing: list[Work], extractor: Extractor, bat
     pending: list[Extracted] = []
     before = len(store)
     try:
-        for part in _ordered_map(extractor, batches, workers=available_cores()):
+        for part in ordered_map(extractor, batches, workers=available_cores()):
             unusable += part.unusable
             overflowing += part.overflowing
             pending.append(part)
@@ -316,18 +313,6 @@ def _batches(works: Iterable[Work], batch_size: int) -> Iterator[list[Work]]:
             batch = []
     if batch:
         yield batch
-
-
-def _ordered_map(call: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
-    """Results in the order of the items, from threads; never more than two items a thread are under way."""
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for item in items:
-            waiting.append(pool.submit(call, item))
-            if len(waiting) >= 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _raise_problems(unusable: Sequence[str], overflowing: Sequence[str]) -> None:

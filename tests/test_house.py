@@ -62,7 +62,15 @@ def test_imports_go_one_way(repository: Path) -> None:
 
 
 def test_flows_use_of_tasks_only_what_needs_no_torch(imports) -> None:
-    allowed = {"tasks", "tasks.params", "tasks.layout", "tasks.errors", "tasks.gate", "tasks.progress"}
+    allowed = {
+        "tasks",
+        "tasks.params",
+        "tasks.layout",
+        "tasks.errors",
+        "tasks.gate",
+        "tasks.progress",
+        "tasks.parallel",
+    }
     allowed |= {"tasks.data.image_files"}  # which folders are splits and which are labels
     allowed |= {"tasks.data.image_store"}  # where the bytes of an image lie
     # which stored features something needs (flows.garbage)

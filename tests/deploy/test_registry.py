@@ -317,7 +317,7 @@ def test_a_second_writer_waits_and_then_says_so(filled: Registry, monkeypatch: p
         assert champion_of(filled) == 3
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.sampled_from(["promote 1", "promote 2", "promote 3", "rollback", "refuse"]), max_size=8))
 def test_champion_history_and_rollback_agree_with_a_plain_stack(
     bundles: list[Path], tmp_path_factory: pytest.TempPathFactory, steps: list[str]

@@ -32,9 +32,12 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Wo
         workspace.set_param(f"pretrain.{key}", value)
     for key, value in {"epochs": 1, "images_per_epoch": 512, "batch_size": 64}.items():
         workspace.set_param(f"pretrain.{key}", value)
-    write_digits(home / "digits", 0, 60)
+    write_digits(home / "digits", 0, 70)
     for digit, label in PHOTOS.items():
-        shutil.copytree(home / "digits" / digit, home / "photos" / label)
+        for place, file in enumerate(sorted((home / "digits" / digit).iterdir())):
+            goal = home / ("photos" if place < 60 else "inbox") / label / f"{place:04d}.png"
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, goal)
     shutil.copy(next((home / "digits" / "3").iterdir()), workspace.root / "some.jpg")
     (workspace.root / ".git" / "info" / "exclude").write_text("some.jpg\n")
     workspace.tanuki("retrain", "--sample")

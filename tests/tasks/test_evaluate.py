@@ -238,7 +238,7 @@ print(sorted({{"torch", "torchvision", "prefect", "dvc"}} & set(sys.modules)))
 # The numbers themselves.
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 9999), num=st.integers(2, 200), num_classes=st.integers(2, 6))
 def test_class_scores_are_those_of_scikit_learn(seed: int, num: int, num_classes: int) -> None:
     generator = np.random.default_rng(seed)
@@ -274,7 +274,7 @@ def test_wilson_interval(successes: int, trials: int, low: float, high: float) -
     assert wilson_interval(successes, trials, 0.95) == pytest.approx((low, high), abs=1e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 9999), num=st.integers(1, 300), num_bins=st.integers(1, 20))
 def test_reliability_covers_every_answer(seed: int, num: int, num_bins: int) -> None:
     generator = np.random.default_rng(seed)

@@ -329,7 +329,7 @@ def drawn_pair(num: int, discordant: int, won: float, seed: int) -> tuple[np.nda
     return right, before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pair=pairs, balanced=st.booleans())
 def test_swapping_the_models_turns_the_verdict(pair: tuple[int, int, float, int], balanced: bool) -> None:
     right, before = drawn_pair(*pair)
@@ -343,7 +343,7 @@ def test_swapping_the_models_turns_the_verdict(pair: tuple[int, int, float, int]
         assert not (one.promotes and other.promotes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pair=pairs, place=st.floats(0, 1, exclude_max=True), balanced=st.booleans())
 def test_one_more_image_answered_right_never_hurts(
     pair: tuple[int, int, float, int], place: float, balanced: bool
@@ -361,7 +361,7 @@ def test_one_more_image_answered_right_never_hurts(
         assert order[better.outcome] >= order[worse.outcome]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(num=st.integers(1, 5000), seed=st.integers(0, 99), sureness=st.floats(0.4, 0.99))
 def test_a_tie_never_promotes(num: int, seed: int, sureness: float) -> None:
     right = np.random.default_rng(seed).random(num) < 0.8
@@ -373,7 +373,7 @@ def test_a_tie_never_promotes(num: int, seed: int, sureness: float) -> None:
     assert "nothing gained" in decision.reasons[0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(counts=st.lists(st.integers(1, 60), min_size=3, max_size=3), seed=st.integers(0, 99), balanced=st.booleans())
 def test_a_challenger_worse_on_every_class_is_never_promoted(counts: list[int], seed: int, balanced: bool) -> None:
     generator = np.random.default_rng(seed)
