@@ -409,6 +409,24 @@ def suspects(
         out.print(escape(suspects_text(layout, found, top=top)))
 
 
+@app.command("gc")
+def collect_garbage(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what it would free.")] = False,
+    forget: Annotated[
+        list[int] | None, typer.Option(help="A version whose features may go; may be given again.", min=1)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Drop the stored features that neither the current images nor a version of the registry needs."""
+    from flows.garbage import collect_garbage
+
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "gc"):
+        report = collect_garbage(layout, dry_run=dry_run, forget=forget or ())
+    _print_json(report.as_dict()) if as_json else out.print(escape(report.text()))
+
+
 @app.command()
 def pretrain(context: typer.Context, as_json: Json = False) -> None:
     """Train a backbone on a larger, related set, as the section pretrain of params.yaml says."""
