@@ -129,7 +129,7 @@ def test_a_clients_mistake_is_told_and_never_a_5xx(
     answer = running.client.post(url, **request_)
     assert answer.status_code == status
     assert message in answer.text
-    assert answer.json()
+    assert answer.json()["error"]
     assert "Traceback" not in running.log.read_text()
 
 
