@@ -41,13 +41,16 @@ async def predict(call: Call) -> Reply:
         raise RequestError(BAD_REQUEST, f"{len(pictures)} pictures are more than {service.settings.max_pictures}")
     outcomes = await call.unless_left(service.answer(model, [data for _, data in pictures]))
     named = zip((name for name, _ in pictures), outcomes, strict=True)
-    answer = {
+    answer: dict[str, Any] = {
         "request_id": call.id,
         "model": service.models.name,
         "version": str(model.version),
         "predictions": [_prediction(name, outcome, model, top) for name, outcome in named],
     }
-    return json_reply(answer, _status(outcomes))
+    status = _status(outcomes)
+    if status != 200:
+        answer["error"] = answer["predictions"][0]["error"]  # where errors are looked for
+    return json_reply(answer, status)
 
 
 async def metrics(call: Call) -> Reply:

@@ -19,6 +19,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from deploy.errors import TanukiError
 from deploy.serving.endpoint import Endpoint
 from deploy.serving.errors import ServingError
+from deploy.serving.openapi import openapi_routes
+from deploy.serving.page_routes import page_routes
 from deploy.serving.predict_routes import predict_routes
 from deploy.serving.protocol_routes import protocol_routes
 from deploy.serving.service import Service
@@ -36,8 +38,13 @@ class Application:
     """The ASGI application of a service."""
 
     def __init__(self, service: Service) -> None:
-        routes = [*protocol_routes(service), *predict_routes(service)]
-        self._router = Router(routes, redirect_slashes=False, default=Endpoint(service, "unknown"))
+        self.routes = [
+            *protocol_routes(service),
+            *predict_routes(service),
+            *page_routes(service),
+            *openapi_routes(service),
+        ]
+        self._router = Router(self.routes, redirect_slashes=False, default=Endpoint(service, "unknown"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

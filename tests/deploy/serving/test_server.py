@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import signal
 import socket
 import ssl
@@ -80,6 +81,20 @@ def test_curl_gets_an_answer_either_way(running: Running, tmp_path: Path) -> Non
         assert json.loads(run.stdout)["predictions"][0]["label"] == "blau"
 
 
+def test_the_readmes_commands_are_answered(running: Running, repository: Path, tmp_path: Path) -> None:
+    for name in ("some.jpg", "one.jpg", "two.jpg"):
+        (tmp_path / name).write_bytes(encoded(colour_image("blau"), "JPEG"))
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^curl .*?(?=  #|$)", readme, re.M)
+    assert len(commands) == 3
+    for command in commands:
+        command = command.replace("localhost:8000", f"127.0.0.1:{running.port}")
+        run = subprocess.run(
+            ["bash", "-c", f"{command} --silent --fail"], cwd=tmp_path, capture_output=True, check=True
+        )
+        assert b"blau" in run.stdout or b"tanuki_requests_total" in run.stdout
+
+
 def test_awkward_files_get_their_stated_verdict(running: Running, material: Path) -> None:
     rows = [line.split("\t") for line in (material / "dirt_pack" / "MANIFEST.tsv").read_text().splitlines()[1:]]
     readable = {row[0] for row in rows if row[8].startswith("ok")}
@@ -129,7 +144,7 @@ def test_a_clients_mistake_is_told_and_never_a_5xx(
     answer = running.client.post(url, **request_)
     assert answer.status_code == status
     assert message in answer.text
-    assert answer.json()
+    assert answer.json()["error"]
     assert "Traceback" not in running.log.read_text()
 
 
