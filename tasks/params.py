@@ -123,6 +123,10 @@ class ExportOnnxParams(Section):
     min_top1_agreement: Fraction
     parity_images: Positive
     golden_images: Positive
+    int8: Literal["off"] | Auto
+    int8_calibration_images: Positive
+    int8_max_accuracy_loss: Annotated[float, Field(gt=0, lt=1)]
+    int8_min_speedup: Annotated[float, Field(ge=1)]
 
 
 class EvaluateParams(Section):

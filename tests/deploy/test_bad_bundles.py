@@ -152,6 +152,8 @@ def test_golden_answers_of_another_width_are_off(directory: Path) -> None:
         ({"labels": [1, 2, 3]}, "a label is no text"),
         ({"labels": ["a", "a", "b"]}, "two labels are the same"),
         ({"precision": None}, "precision is no str"),
+        ({"precision": "int4"}, "precision is 'int4', not fp32, int8"),
+        ({"precision": "int8"}, r"digests do not name back\.int8\.onnx"),
         ({"digests": {"model.onnx": 3}}, "digests are not names and digests"),
         ({"digests": {"\0": "x"}}, "digests are not names and digests"),
         ({"digests": {}}, "digests do not name model.onnx"),
