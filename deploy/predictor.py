@@ -112,9 +112,19 @@ class Predictor:
         """
         if not images:
             return self._joined([])
-        pixels = list(self._each(self._pixels, images))
+        pixels = list(self._each(self.pixels, images))
         batches = [np.concatenate(pixels[i : i + BATCH_SIZE]) for i in range(0, len(pixels), BATCH_SIZE)]
-        return self._joined(list(self._each(self._answers, batches)))
+        return self._joined(list(self._each(self.answers, batches)))
+
+    def pixels(self, image: UInt8) -> Float32:
+        """What the network sees of one picture: float32 (1, 3, S, S). Runs in the calling thread."""
+        pixels: Float32 = self._front.run(["pixels"], {"images": image[None]})[0]
+        return pixels
+
+    def answers(self, pixels: Float32) -> tuple[Float32, Float32]:
+        """Probabilities (B, C) and embeddings (B, D) of pixels (B, 3, S, S). Runs in the calling thread."""
+        probabilities, embeddings = self._back.run(["probabilities", "embedding"], {"pixels": pixels})
+        return probabilities, embeddings
 
     def score_files(self, paths: Iterable[Readable]) -> Predictions:
         """Answers for files that must all be readable, such as a test set; memory does not grow with their pixels.
@@ -161,16 +171,6 @@ class Predictor:
         order = np.argsort(-probabilities, kind="stable")[:top_k]
         top = tuple((self.labels[index], float(probabilities[index])) for index in order)
         return Answer(source, *top[0], top)
-
-    def _pixels(self, image: UInt8) -> Float32:
-        """What the network sees of one picture, (1, 3, S, S)."""
-        pixels: Float32 = self._front.run(["pixels"], {"images": image[None]})[0]
-        return pixels
-
-    def _answers(self, pixels: Float32) -> tuple[Float32, Float32]:
-        """Probabilities (B, C) and embeddings (B, D) of one batch."""
-        probabilities, embeddings = self._back.run(["probabilities", "embedding"], {"pixels": pixels})
-        return probabilities, embeddings
 
     def _each(self, function: Any, items: Sequence[Any]) -> Iterator[Any]:
         """Applies a function to each item, on the pool where there is more than one."""

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -245,12 +246,39 @@ def predict(
         raise typer.Exit(1)
 
 
-@app.command()
-def versions(context: typer.Context, as_json: Json = False) -> None:
-    """List the registry's versions, what the gate said of each, and which is champion."""
-    from flows.reports import version_rows
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def serve(context: typer.Context) -> None:
+    """Answer over HTTP with the champion, whichever that is; its own --help tells ports, limits, tokens and TLS."""
+    from deploy.serving.server import main as run_server
 
-    rows = version_rows(find_workspace(context.obj))
+    is_told = {"--registry", "-h", "--help"} & set(context.args)
+    registry = [] if is_told else ["--registry", str(find_workspace(context.obj).registry_dir)]
+    run_server([*registry, *context.args], program="tanuki serve")
+
+
+@app.command()
+def versions(
+    context: typer.Context,
+    at: Annotated[
+        str | None, typer.Option(help="Tell who was champion at a time (ISO 8601; UTC where it names no zone) instead.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the registry's versions, what the gate said of each, and which is champion."""
+    from flows.reports import live_at, version_rows
+
+    layout = find_workspace(context.obj)
+    if at is not None:
+        try:
+            when = datetime.fromisoformat(at)
+        except ValueError as error:
+            raise typer.BadParameter(f"{at!r} is no time such as 2026-11-24T12:30.") from error
+        told = live_at(layout, when if when.tzinfo else when.replace(tzinfo=UTC))
+        _print_json(told) if as_json else _tell_live(told)
+        return
+    rows = version_rows(layout)
     if as_json:
         _print_json(rows)
         return
@@ -381,6 +409,24 @@ def suspects(
         out.print(escape(suspects_text(layout, found, top=top)))
 
 
+@app.command("gc")
+def collect_garbage(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what it would free.")] = False,
+    forget: Annotated[
+        list[int] | None, typer.Option(help="A version whose features may go; may be given again.", min=1)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Drop the stored features that neither the current images nor a version of the registry needs."""
+    from flows.garbage import collect_garbage
+
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "gc"):
+        report = collect_garbage(layout, dry_run=dry_run, forget=forget or ())
+    _print_json(report.as_dict()) if as_json else out.print(escape(report.text()))
+
+
 @app.command()
 def pretrain(context: typer.Context, as_json: Json = False) -> None:
     """Train a backbone on a larger, related set, as the section pretrain of params.yaml says."""
@@ -502,6 +548,16 @@ def _lay_out_sample(layout: Layout) -> None:
     change_layout(layout)
     track_raw(layout)
     asides.print(f"{number} handwritten digits are in {os.path.relpath(layout.raw)}, tracked by DVC.")
+
+
+def _tell_live(told: dict[str, Any]) -> None:
+    if told["version"] is None:
+        out.print(f"No version was champion at {told['at']}.")
+    else:
+        how = f"{told['how'].replace('_', ' ')} {told['since']}: {told['reason']}"
+        out.print(escape(f"Version {told['version']} was champion at {told['at']} ({how})"))
+    for warning in told["warnings"]:
+        out.print(f"warning: {warning}")
 
 
 def _tell_changed(report: "AddReport | CorrectionReport | IngestReport") -> None:

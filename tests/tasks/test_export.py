@@ -1,8 +1,6 @@
 """Exported graphs compute what was trained, hold nothing of the machine, and are the same bytes everywhere."""
 
 import json
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -356,18 +354,16 @@ def test_golden_pictures_cover_every_class_first(workspace: Layout, params: Expo
     assert (len(golden), labels) == (4, set(LABELS))
 
 
-def test_a_head_only_export_imports_no_torch(workspace: Layout, repository: Path) -> None:
-    write_bytes(workspace.params, (repository / "params.yaml").read_bytes())
-    code = (
-        "import sys; sys.argv[1:] = ['export_onnx', '--root', sys.argv[1]]\n"
-        "from tasks.__main__ import main\n"
-        "assert main() == 0\n"
-        "print(sorted({'torch', 'torchvision', 'onnxscript'} & set(sys.modules)))"
-    )
-    command = [sys.executable, "-c", code, str(workspace.root)]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
-    assert json.loads(workspace.report("export_onnx").read_text())["path"] == "head"
+def test_trunk_and_probe_spliced_answer_as_torch_does(
+    workspace: Layout, network: Network, head: Head, params: ExportOnnxParams
+) -> None:
+    export_onnx.run(workspace, export_onnx=params)
+    images = np.stack(pictures((40, 50), (40, 50), (40, 50)))
+    pixels = torch.from_numpy(torch_preprocessing(images, SIZE_PX, 0.875))
+    with torch.inference_mode():
+        expected = head.probabilities(network(pixels).numpy())
+    found = open_session(workspace.bundle_dir / "model.onnx").run(["probabilities"], {"images": images})[0]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_a_kept_stage_is_exported_from_torch_and_carries_its_own_head(
