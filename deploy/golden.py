@@ -66,6 +66,12 @@ def write_golden(bundle: "Bundle", pictures: Sequence[bytes]) -> None:
         write_json(bundle.directory / GOLDEN_WHOLE, _answers_of_whole(bundle, named))
 
 
+def golden_pictures(bundle: "Bundle") -> list[bytes]:
+    """The golden pictures, encoded; what to warm a bundle up with."""
+    names = [name for name in bundle.digests if name.startswith(f"{GOLDEN_DIR}/") and not name.endswith(".json")]
+    return [(bundle.directory / name).read_bytes() for name in names]
+
+
 def check_golden(bundle: "Bundle") -> GoldenCheck:
     """Lets a bundle answer its golden pictures, through its halves and through the whole graph.
 

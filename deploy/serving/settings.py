@@ -18,6 +18,7 @@ class Settings:
     host: Annotated[str, "address to listen on; 0.0.0.0 for all"] = "127.0.0.1"
     port: Annotated[int, "port of HTTP; 0 for any free one"] = 8000
     threads: Annotated[int | None, "threads that answer; as many as cores may be used, if not given"] = None
+    public_key: Annotated[Path | None, "only bundles signed by this key (`tanuki keygen`) answer"] = None
     keep: Annotated[int, "earlier versions that stay loaded and addressable"] = 2
     watch_s: Annotated[float, "seconds between two looks at the champion pointer"] = 0.5
     token_file: Annotated[Path | None, "file of bearer tokens, one a line; anybody may ask, if not given"] = None

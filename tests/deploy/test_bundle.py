@@ -12,6 +12,7 @@ import pytest
 from deploy.bundle import Bundle, bundle_files, read_bundle, verify_bundle, write_bundle
 from deploy.errors import BundleError, ImageError
 from deploy.files import write_json
+from deploy.golden import golden_pictures
 from deploy.predictor import Predictor
 from tests.deploy.tiny_bundle import (
     LABELS,
@@ -204,6 +205,10 @@ def test_a_bundle_in_int8_answers_with_that_half_and_is_golden_in_both(quantised
     with Predictor(quantised) as predictor:
         found = predictor.predict([colour_image("blau")]).probabilities[0]
     np.testing.assert_allclose(found, halves, atol=1e-6)
+
+
+def test_the_golden_pictures_are_pictures_whatever_answers_lie_beside_them(quantised: Bundle) -> None:
+    assert golden_pictures(quantised) == [encoded(colour_image(label)) for label in LABELS]
 
 
 def test_an_int8_half_is_checked_like_the_others(quantised: Bundle) -> None:
