@@ -201,7 +201,7 @@ def test_failures_are_logged_with_their_request(running: Running) -> None:
 
 
 def test_it_drains_on_sigterm(registry: Path, tmp_path: Path) -> None:
-    picture = encoded(colour_image("grün", size=(1500, 1500)))
+    picture = encoded(colour_image("grün", size=(3000, 3000)))
     with serving(registry, tmp_path, "--notice-s", "5", "--threads", "1") as running, ThreadPoolExecutor(8) as pool:
         under_way = [pool.submit(httpx.post, f"{running.url}/predict", content=picture, timeout=60) for _ in range(8)]
         eventually(lambda: running.metric("tanuki_waiting_pictures") > 0)
