@@ -1,12 +1,12 @@
 """The bundle: a folder that holds all that answering needs, and can prove that it is whole.
 
-    model.onnx    the whole graph: images uint8 (N, H, W, 3) → probabilities (N, C) and embedding (N, D)
-    front.onnx    its first half, a picture at a time: images → pixels float32 (N, 3, S, S)
-    back.onnx     its second half, a batch at a time: pixels → probabilities and embedding
-    back.int8.onnx  where the bundle answers in int8: what then answers instead of back.onnx
-    bundle.json   format version, labels, signature, preprocessing, lineage, the digest of every other file and its own
-    golden/       a few encoded pictures and, in golden.json, what this bundle answered for them (deploy/golden.py)
-    bundle.sig    where somebody signed it (deploy/signing.py)
+    model.onnx      the whole graph: images uint8 (N, H, W, 3) → probabilities (N, C) and embedding (N, D)
+    front.onnx      its first half, a picture at a time: images → pixels float32 (N, 3, S, S)
+    back.onnx       its second half, a batch at a time: pixels → probabilities and embedding
+    back.int8.onnx  what answers instead of back.onnx, where the bundle answers in int8
+    bundle.json     format version, labels, signature, preprocessing, precision, lineage, digests of all files, its own
+    golden/         a few encoded pictures, and what this bundle answered for them (deploy/golden.py)
+    bundle.sig      where somebody signed it (deploy/signing.py)
 
 A graph's metadata_props say what matters of bundle.json, so that a lone file tells what it is. Nothing is unpickled,
 and no session opens a graph before all of the bundle was found whole and the graphs to need nothing besides. Nothing
@@ -18,7 +18,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,11 +186,11 @@ def read_bundle(directory: Path) -> Bundle:
     index = _read_index(directory)
     try:
         mistakes = [*_file_mistakes(directory, index["digests"]), *_label_mistakes(index)]
+        graphs = [name for name in index["digests"] if name.endswith(".onnx")]
         mistakes = mistakes or _graph_mistakes(
-            {name: (directory / name).read_bytes() for name in index["digests"] if name.endswith(".onnx")},
-            index["labels"],
+            ((name, (directory / name).read_bytes()) for name in graphs), index["labels"]
         )
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: pathlib's, of a link that points to itself
         raise BundleError(f"{directory} cannot be read: {error}.") from error
     if mistakes:
         raise BundleError(f"{directory} is not the bundle that was written: {'; '.join(mistakes)}. {MAKE_AGAIN}")
@@ -216,7 +216,7 @@ def bundle_files(bundle: Bundle) -> list[str]:
 
 def _signature(graphs: Mapping[str, bytes], labels: tuple[str, ...]) -> dict[str, Any]:
     """Inputs, outputs and seam of the graphs, checked against what a bundle promises."""
-    if mistakes := _graph_mistakes(graphs, labels):
+    if mistakes := _graph_mistakes(graphs.items(), labels):
         raise BundleError(f"these graphs make no bundle: {'; '.join(mistakes)}.")
     ports = {name: _ports(name, data) for name, data in graphs.items()}
     (images,), (probabilities, embedding) = ports[MODEL]
@@ -410,10 +410,10 @@ def _label_mistakes(index: Mapping[str, Any]) -> list[str]:
     return [] if len(set(labels)) == len(labels) else ["two labels are the same"]
 
 
-def _graph_mistakes(graphs: Mapping[str, bytes], labels: Sequence[str]) -> list[str]:
+def _graph_mistakes(graphs: Iterable[tuple[str, bytes]], labels: Sequence[str]) -> list[str]:
     """Graphs that need more than themselves, or tell of another model."""
     mistakes = []
-    for name, data in graphs.items():
+    for name, data in graphs:
         try:
             facts = read_onnx_facts(data)
             told = json.loads(facts.metadata.get("labels", "null"))

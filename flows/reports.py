@@ -102,6 +102,7 @@ class Summary:
             *lines,
             f"ONNX parity  largest difference {export['max_probability_difference']:.1e} in a probability, "
             f"{export['top1_agreement']:.0%} the same label",
+            *_int8_lines(export.get("int8")),
         ]
 
 
@@ -240,6 +241,13 @@ def _version_facts(version: Version | None) -> dict[str, Any] | None:
         "registered": _minute(version),
         "directory": str(version.directory),
     }
+
+
+def _int8_lines(told: dict[str, Any] | None) -> list[str]:
+    """What became of an int8 variant, where one was asked for."""
+    if told is None:
+        return []
+    return [_wrapped("             ", f"int8 {'answers' if told['chosen'] else 'is not taken'}: {told['reason']}")]
 
 
 def _why_not_finetuned(reports: dict[str, Any]) -> str:

@@ -180,6 +180,13 @@ def test_a_file_outside_the_bundle_or_of_no_possible_name_is_refused(directory: 
         read_bundle(directory)
 
 
+def test_a_link_that_points_to_itself_is_refused(directory: Path) -> None:
+    (directory / "back.onnx").unlink()
+    (directory / "back.onnx").symlink_to("back.onnx")
+    with pytest.raises(BundleError, match=r"back\.onnx|cannot be read"):
+        read_bundle(directory)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
