@@ -80,7 +80,10 @@ def check_golden(bundle: "Bundle") -> GoldenCheck:
     """
     halves = _read_answers(bundle, GOLDEN)
     whole = _read_answers(bundle, GOLDEN_WHOLE) if GOLDEN_WHOLE in bundle.digests else halves
-    pictures = [(each["file"], (bundle.directory / GOLDEN_DIR / each["file"]).read_bytes()) for each in halves]
+    names = [each["file"] for each in halves]
+    if [each["file"] for each in whole] != names:
+        raise BundleError(f"{bundle.directory}: {GOLDEN} and {GOLDEN_WHOLE} are about different pictures.")
+    pictures = [(name, (bundle.directory / GOLDEN_DIR / name).read_bytes()) for name in names]
     apart = {
         (graph, old["file"], key): (_difference(old, new, key), LIMITS[precision])
         for graph, precision, expected, answers in (

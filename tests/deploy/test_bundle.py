@@ -218,6 +218,11 @@ def test_an_int8_half_is_checked_like_the_others(quantised: Bundle) -> None:
     seal(quantised.directory)
     with pytest.raises(BundleError, match=r"off by .* \(halves\)"):
         verify_bundle(quantised.directory)
+    whole = quantised.directory / "golden" / "golden.whole.json"
+    write_json(whole, json.loads(whole.read_text())[1:])
+    seal(quantised.directory)
+    with pytest.raises(BundleError, match="about different pictures"):
+        verify_bundle(quantised.directory)
     seal(quantised.directory, precision="fp32")
     quantised.back_path.unlink()
     with pytest.raises(BundleError, match=r"back\.int8\.onnx is missing"):
