@@ -123,6 +123,7 @@ def test_the_doctor_fails_where_params_are_broken(workspace: Workspace) -> None:
         "rollback",
         "lineage",
         "pretrain",
+        "publish",
         "doctor",
     ],
 )
