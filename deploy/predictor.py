@@ -82,10 +82,11 @@ class Predictor:
         self.labels = bundle.labels
         self._front = open_session(bundle.front_path)
         self._back = open_session(bundle.back_path)
-        widths = {port.name: port.shape[1] for port in self._back.get_outputs()}
-        if widths.get("probabilities") != len(self.labels):
+        widths = {port.name: port.shape[-1] for port in self._back.get_outputs() if port.shape}
+        if widths.get("probabilities") != len(self.labels) or not isinstance(widths.get("embedding"), int):
             raise BundleError(
-                f"{bundle.back_path} gives {widths} values, but the bundle has {len(self.labels)} labels."
+                f"{bundle.back_path} gives {widths} values, where the bundle has {len(self.labels)} labels and an "
+                "embedding."
             )
         self._embedding_width: int = widths["embedding"]
         self._threads = threads or available_cores()
@@ -111,9 +112,19 @@ class Predictor:
         """
         if not images:
             return self._joined([])
-        pixels = list(self._each(self._pixels, images))
+        pixels = list(self._each(self.pixels, images))
         batches = [np.concatenate(pixels[i : i + BATCH_SIZE]) for i in range(0, len(pixels), BATCH_SIZE)]
-        return self._joined(list(self._each(self._answers, batches)))
+        return self._joined(list(self._each(self.answers, batches)))
+
+    def pixels(self, image: UInt8) -> Float32:
+        """What the network sees of one picture: float32 (1, 3, S, S). Runs in the calling thread."""
+        pixels: Float32 = self._front.run(["pixels"], {"images": image[None]})[0]
+        return pixels
+
+    def answers(self, pixels: Float32) -> tuple[Float32, Float32]:
+        """Probabilities (B, C) and embeddings (B, D) of pixels (B, 3, S, S). Runs in the calling thread."""
+        probabilities, embeddings = self._back.run(["probabilities", "embedding"], {"pixels": pixels})
+        return probabilities, embeddings
 
     def score_files(self, paths: Iterable[Readable]) -> Predictions:
         """Answers for files that must all be readable, such as a test set; memory does not grow with their pixels.
@@ -160,16 +171,6 @@ class Predictor:
         order = np.argsort(-probabilities, kind="stable")[:top_k]
         top = tuple((self.labels[index], float(probabilities[index])) for index in order)
         return Answer(source, *top[0], top)
-
-    def _pixels(self, image: UInt8) -> Float32:
-        """What the network sees of one picture, (1, 3, S, S)."""
-        pixels: Float32 = self._front.run(["pixels"], {"images": image[None]})[0]
-        return pixels
-
-    def _answers(self, pixels: Float32) -> tuple[Float32, Float32]:
-        """Probabilities (B, C) and embeddings (B, D) of one batch."""
-        probabilities, embeddings = self._back.run(["probabilities", "embedding"], {"pixels": pixels})
-        return probabilities, embeddings
 
     def _each(self, function: Any, items: Sequence[Any]) -> Iterator[Any]:
         """Applies a function to each item, on the pool where there is more than one."""

@@ -46,6 +46,9 @@ Publish = Annotated[
     bool,
     typer.Option("--publish", envvar="TANUKI_PUBLISH", help="Publish the champion then, like `tanuki publish`."),
 ]
+BundleOrVersion = Annotated[
+    str, typer.Argument(metavar="BUNDLE|VERSION", help="A bundle's folder, or a version's number.")
+]
 VersionId = Annotated[int, typer.Argument(help="A number from `tanuki versions`.", min=1)]
 
 
@@ -252,6 +255,18 @@ def predict(
         raise typer.Exit(1)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def serve(context: typer.Context) -> None:
+    """Answer over HTTP with the champion, whichever that is; its own --help tells ports, limits, tokens and TLS."""
+    from deploy.serving.server import main as run_server
+
+    is_told = {"--registry", "-h", "--help"} & set(context.args)
+    registry = [] if is_told else ["--registry", str(find_workspace(context.obj).registry_dir)]
+    run_server([*registry, *context.args], program="tanuki serve")
+
+
 @app.command()
 def versions(
     context: typer.Context,
@@ -326,6 +341,77 @@ def lineage(context: typer.Context, version: VersionId) -> None:
 
 
 @app.command()
+def verify(
+    context: typer.Context,
+    what: BundleOrVersion,
+    public_key: Annotated[
+        Path | None, typer.Option(help="Require a signature by this key.", envvar="TANUKI_PUBLIC_KEY")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every digest of a bundle, its graphs, labels and signature, and run its golden pictures."""
+    from deploy.golden import check_golden
+
+    bundle, signed_by = _bundle_to_check(context.obj, what), None
+    if public_key:
+        from deploy.signing import require_signature
+
+        signed_by = require_signature(bundle, public_key)
+    check = check_golden(bundle)
+    facts = {
+        "directory": str(bundle.directory),
+        "digest": bundle.digest,
+        "format_version": bundle.format_version,
+        "precision": bundle.precision,
+        "labels": list(bundle.labels),
+        "lineage": dict(bundle.lineage),
+        "digests": dict(bundle.digests),
+        "golden": asdict(check),
+        "signed_by": signed_by,
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    out.print(
+        f"{escape(str(bundle.directory))} is whole: bundle {bundle.digest[:12]} of format version "
+        f"{bundle.format_version}, {len(bundle.digests)} files, {len(bundle.labels)} classes.\n"
+        f"It answers its {check.num_pictures} golden pictures as it did when it was written: a probability differs by "
+        f"at most {check.max_probability_difference:.1e}."
+        + (f"\nIt was signed by the key {signed_by}." if signed_by else "")
+    )
+
+
+@app.command()
+def keygen(file: Annotated[Path, typer.Argument(help="The private key to write; the public one is FILE.pub.")]) -> None:
+    """Make a pair of keys to sign bundles with; the private one never leaves your hands."""
+    from deploy.signing import generate_keys, key_id
+
+    public_key = generate_keys(file)
+    out.print(f"Key {key_id(public_key)}: {escape(str(file))} signs, {escape(str(public_key))} verifies.")
+
+
+@app.command()
+def sign(
+    context: typer.Context,
+    what: BundleOrVersion,
+    key: Annotated[Path, typer.Option(help="The private key of `tanuki keygen`.", envvar="TANUKI_SIGNING_KEY")],
+) -> None:
+    """Sign a bundle that is whole, so that others can require it with the public key."""
+    from deploy.signing import sign_bundle
+
+    bundle = _bundle_to_check(context.obj, what)
+    folder = bundle.directory.resolve()
+    made_in = Layout(folder.parents[1])
+    if folder == made_in.bundle_dir and made_in.pipeline.is_file():
+        raise TanukiError(
+            f"{bundle.directory} is an output of DVC, which would make it again. Sign the version that a retrain "
+            "registered: `tanuki versions`, then `tanuki sign VERSION --key FILE`."
+        )
+    signed_by = sign_bundle(bundle, key)
+    out.print(f"{escape(str(bundle.directory))} is signed by the key {signed_by}.")
+
+
+@app.command()
 def suspects(
     context: typer.Context,
     top: Annotated[int, typer.Option(help="How many to show.", min=1)] = 20,
@@ -340,6 +426,24 @@ def suspects(
         _print_json([asdict(suspect) for suspect in found])
     else:
         out.print(escape(suspects_text(layout, found, top=top)))
+
+
+@app.command("gc")
+def collect_garbage(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what it would free.")] = False,
+    forget: Annotated[
+        list[int] | None, typer.Option(help="A version whose features may go; may be given again.", min=1)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Drop the stored features that neither the current images nor a version of the registry needs."""
+    from flows.garbage import collect_garbage
+
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "gc"):
+        report = collect_garbage(layout, dry_run=dry_run, forget=forget or ())
+    _print_json(report.as_dict()) if as_json else out.print(escape(report.text()))
 
 
 @app.command()
@@ -443,6 +547,16 @@ def _bundle_to_ask(layout: Layout, version: int | None) -> "tuple[Bundle, int | 
         return read_bundle(layout.bundle_dir), None
     chosen = registry.version(version) if version else registry.require_champion()
     return registry.bundle(chosen.id), chosen.id
+
+
+def _bundle_to_check(root: Path, what: str) -> "Bundle":
+    """The bundle of a version, or the one in a folder; a folder needs no workspace."""
+    from deploy.bundle import read_bundle
+    from deploy.registry import Registry
+
+    if what.isdecimal() and not Path(what).is_dir():
+        return Registry(find_workspace(root).registry_dir).bundle(int(what))
+    return read_bundle(Path(what))
 
 
 def _lay_out_sample(layout: Layout) -> None:

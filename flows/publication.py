@@ -24,7 +24,7 @@ from flows.workspace import (
     dvc,
     git,
     missing_in_remote,
-    stale_stages,
+    out_of_date,
     upstream,
 )
 from tasks.layout import Layout
@@ -193,7 +193,7 @@ def _check_committable(layout: Layout) -> None:
             + "\n".join(named_lines((line.strip(), "not committed") for line in changed))
             + "\nCommit it (or `git stash` it and retrain), then publish. Nothing was pushed."
         )
-    if stale := stale_stages(layout):
+    if stale := out_of_date(layout):
         raise WorkspaceError(
             f"dvc.lock is behind what it is about: {', '.join(stale)} would run. Run `tanuki retrain`, then publish."
         )

@@ -261,6 +261,11 @@ def stale_stages(layout: Layout) -> dict[str, list[str]]:
     if is_torn(layout):
         with exclusive(layout, "status"):
             pass  # mended now, or busy writing
+    return out_of_date(layout)
+
+
+def out_of_date(layout: Layout) -> dict[str, list[str]]:
+    """The same, for whoever holds the workspace's lock."""
     told: dict[str, Any] = json.loads(dvc(layout, "status", "--json") or "{}")
     reasons = {name: _reasons(changes) for name, changes in told.items() if not name.endswith(".dvc")}
     if any(name.endswith(".dvc") for name in told):

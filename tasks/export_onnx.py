@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploy.bundle import BundleFacts, write_bundle
+from deploy.bundle import BundleFacts, graph_metadata, write_bundle
 from deploy.files import sha256_bytes, sha256_file
 from deploy.images import decode_image
 from deploy.runtime import open_session
@@ -98,14 +98,14 @@ def run(layout: Layout, *, export_onnx: ExportOnnxParams) -> ExportReport:
     kept = _kept(layout)
     trained = _finetuned(layout, card, kept, export_onnx.opset) if kept else _head_only(layout, card)
     whole = compose(read_graph(layout.preprocess_onnx), trained.network, trained.head.weight, trained.head.bias)
-    lineage = _lineage(layout, card, trained)
-    set_metadata(
-        whole, {name: json.dumps(value, ensure_ascii=False) for name, value in lineage.items()} | _labels(trained)
-    )
-    model, front, back = (to_bytes(each) for each in (whole, *cut_at_seam(whole)))
     images = read_manifest(layout.accepted)
-    parity = _checked_parity(layout, images, trained, (model, front, back), export_onnx)
+    lineage = _lineage(layout, card, trained, images)
     facts = BundleFacts(trained.head.labels, card.size_px, card.crop_fraction, card.mean, card.std, lineage)
+    graphs = (whole, *cut_at_seam(whole))
+    for graph in graphs:
+        set_metadata(graph, graph_metadata(facts))
+    model, front, back = map(to_bytes, graphs)
+    parity = _checked_parity(layout, images, trained, (model, front, back), export_onnx)
     store = open_images(layout.raw)
     golden = [_read_image(store, row) for row in _golden_rows(images, export_onnx.golden_images)]
     bundle = write_bundle(layout.bundle_dir, model=model, front=front, back=back, facts=facts, golden=golden)
@@ -173,13 +173,14 @@ def _finetuned(layout: Layout, card: BackboneCard, kept: tuple[str, ...], opset:
     return _Trained(kept, graph, head, reference, sha256_file(path))
 
 
-def _lineage(layout: Layout, card: BackboneCard, trained: _Trained) -> dict[str, Any]:
+def _lineage(layout: Layout, card: BackboneCard, trained: _Trained, images: pd.DataFrame) -> dict[str, Any]:
     """Where the model comes from; no times, no paths of a machine."""
     is_file = card.source.startswith("file:")
     return {
         "architecture": card.architecture,
         "backbone_source": f"file:{card.source.rsplit('/', 1)[-1].removeprefix('file:')}" if is_file else card.source,
         "backbone_sha256": card.weights_sha256,
+        "class_map_version": _class_map_version(images),
         "depths": card.depths,
         "exporter": exporter_of(trained.network),
         "kept_stages": list(trained.kept),
@@ -189,8 +190,10 @@ def _lineage(layout: Layout, card: BackboneCard, trained: _Trained) -> dict[str,
     }
 
 
-def _labels(trained: _Trained) -> dict[str, str]:
-    return {"labels": json.dumps(trained.head.labels, ensure_ascii=False)}
+def _class_map_version(images: pd.DataFrame) -> str:
+    """Identity of the classes' numbers: models of one version give a label the same number."""
+    numbered = images[["class_id", "label"]].drop_duplicates().sort_values("label")
+    return sha256_bytes(numbered.to_csv(index=False).encode())
 
 
 def _checked_parity(

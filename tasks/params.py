@@ -80,6 +80,7 @@ class FeaturesParams(Section):
 
     depths: Annotated[int, Field(ge=1, le=8)]
     views: Annotated[int, Field(ge=1, le=8)] | Auto
+    engine: Literal["auto", "onnxruntime", "openvino", "torch"]
     batch_size: Positive
     recheck: Annotated[int, Field(ge=0)]
 

@@ -9,15 +9,16 @@ precision. Each space is a folder of shards. A shard is two files, written once 
 
 So a kill at any moment leaves whole shards and at most a stray file, which the next writer sweeps; a shard that does
 not have its digest is named, and the next writer drops it. Deleting the folder loses time and nothing else.
-Written by tasks.cache_features, read through tasks.data.features.
+Written by tasks.cache_features, read through tasks.data.features, rid of what nothing needs by flows.garbage.
 """
 
 import fcntl
 import json
 import logging
 import os
+import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ from tasks.errors import StoreError
 
 LOCK_WAIT_S = 60.0
 LOCK_POLL_S = 0.2
+SPACE_NAME = re.compile(r"[0-9a-f]{16}")
+SPACE_CARD = "space.json"
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,23 @@ class Shard:
 
     path: Path
     keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True)
+class Orphans:
+    """Rows of a space that nothing needs.
+
+    Args:
+        space: Where they are.
+        rows: How many.
+        of_rows: All rows of the space.
+        freed_bytes: What they take, their keys included.
+    """
+
+    space: Space
+    rows: int
+    of_rows: int
+    freed_bytes: int
 
 
 @dataclass(eq=False)
@@ -131,6 +151,37 @@ class FeatureStore:
         write_text(_index_path(shard.path), json.dumps(index, separators=(",", ":")) + "\n")
         self._register(shard)
 
+    def keep_only(self, images: Set[str]) -> None:
+        """Forgets the rows of all other images; where a shard holds both, what stays is written anew first.
+
+        A kill leaves some rows stored twice, which does no harm and is put right by the next call.
+        """
+        for number, shard in enumerate(list(self.shards)):
+            kept = self._kept(number, images)
+            if len(kept) == len(shard.keys):
+                continue
+            if kept:
+                self.append(kept, self.gather(kept))
+            _remove(shard.path)
+        # Numbers of shards in ``rows`` are places in ``shards``: read anew rather than renumbered.
+        left, _ = _read(self.directory, self.space)
+        self.shards, self.rows = left.shards, left.rows
+
+    def orphans(self, images: Set[str]) -> "Orphans":
+        """What `keep_only` would take out."""
+        rows = freed = 0
+        for number, shard in enumerate(self.shards):
+            if gone := len(shard.keys) - len(self._kept(number, images)):
+                size = sum(path.stat().st_size for path in (shard.path, _index_path(shard.path)))
+                rows += gone
+                freed += size * gone // len(shard.keys)
+        return Orphans(self.space, rows, sum(len(shard.keys) for shard in self.shards), freed)
+
+    def _kept(self, number: int, images: Set[str]) -> list[Key]:
+        """The rows of a shard that belong to these images and are not stored again in a later shard."""
+        keys = self.shards[number].keys
+        return [key for row, key in enumerate(keys) if key.image_sha256 in images and self.rows[key] == (number, row)]
+
     def drop_all(self) -> None:
         """Forgets every row of the space."""
         for shard in self.shards:
@@ -190,8 +241,53 @@ def writing(root: Path, space: Space, *, wait_s: float = LOCK_WAIT_S) -> Iterato
         for path in damaged:
             _remove(path)
         _sweep(store)
-        write_json(directory / "space.json", asdict(space))
+        write_json(directory / SPACE_CARD, asdict(space))
         yield store
+
+
+def drop_orphans(root: Path, needed: Callable[[Space], Set[str]], *, dry_run: bool) -> list[Orphans]:
+    """Takes out the rows that nothing needs, space by space; a space without any is left as it is.
+
+    Args:
+        root: The folder of all spaces.
+        needed: The images (sha256) whose rows in a space are needed.
+        dry_run: Only tell.
+
+    Raises:
+        StoreError: If another process keeps writing a space, or a space does not tell what it is.
+    """
+    found = []
+    for directory in sorted(path for path in root.glob("*") if SPACE_NAME.fullmatch(path.name)):
+        if not any(directory.iterdir()):  # a kill came before its last step
+            directory.rmdir()
+            continue
+        space = _read_space(directory)
+        images = needed(space)
+        if dry_run:
+            found.append(_read(directory, space)[0].orphans(images))
+            continue
+        with writing(root, space) as store:
+            found.append(store.orphans(images))
+            store.keep_only(images)
+            if not store.rows:
+                (directory / SPACE_CARD).unlink()
+                directory.rmdir()
+    return [orphans for orphans in found if orphans.rows]
+
+
+def _read_space(directory: Path) -> Space:
+    """What a folder of shards is by its card."""
+    try:
+        space = Space(**json.loads((directory / SPACE_CARD).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise StoreError(
+            f"{directory / SPACE_CARD} cannot be read ({error}), so nobody can tell whose features these are. "
+            "Run `python -m tasks cache_features`, which mends that of the current backbone; if it stays so, delete "
+            f"{directory}: only time is lost."
+        ) from error
+    if space.name != directory.name:
+        raise StoreError(f"{directory / SPACE_CARD} is that of another space. Delete {directory}: only time is lost.")
+    return space
 
 
 def _read(directory: Path, space: Space) -> tuple[FeatureStore, list[Path]]:
@@ -229,7 +325,7 @@ def _sweep(store: FeatureStore) -> None:
     """Removes what a killed writer left: temporary files, and features without their index."""
     committed = {path for shard in store.shards for path in (shard.path, _index_path(shard.path))}
     for path in store.directory.iterdir():
-        if path.is_file() and path not in committed and path.name != "space.json":
+        if path.is_file() and path not in committed and path.name != SPACE_CARD:
             logger.info("%s: left by an interrupted run, removed", path)
             path.unlink()
 

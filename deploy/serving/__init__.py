@@ -1,0 +1,1 @@
+"""The server: the champion answers over HTTP and gRPC, batched, reloaded and rolled back without a lost request."""

@@ -1,0 +1,79 @@
+"""What Prometheus reads. Everything is counted on the event loop."""
+
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import generate_latest
+
+from deploy.serving.batcher import BatchTimes
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+PICTURES = (1, 2, 3, 4, 8, 16)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """The counters of one server.
+
+    Args:
+        waiting: Tells how many pictures wait.
+        champion: Tells the version that answers; 0 for none.
+    """
+
+    def __init__(self, *, waiting: Callable[[], int], champion: Callable[[], int]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each counter, which nobody reads
+        self._registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self._requests = Counter(
+            "tanuki_requests", "Requests, by what was asked and how it ended.", ["route", "code"], registry=registry
+        )
+        self._request_s = Histogram(
+            "tanuki_request_seconds", "From the headers to the answer.", ["route"], buckets=SECONDS, registry=registry
+        )
+        self._queue_s = Histogram(
+            "tanuki_queue_seconds", "A picture's wait for a thread.", buckets=SECONDS, registry=registry
+        )
+        self._decode_s = Histogram(
+            "tanuki_decode_seconds", "Decoding and preprocessing of a batch.", buckets=SECONDS, registry=registry
+        )
+        self._run_s = Histogram(
+            "tanuki_run_seconds", "The network's run on a batch.", buckets=SECONDS, registry=registry
+        )
+        self._batch = Histogram("tanuki_batch_pictures", "Pictures in a batch.", buckets=PICTURES, registry=registry)
+        self._pictures = Counter("tanuki_pictures", "Pictures taken up, by version.", ["version"], registry=registry)
+        self._reloads = Counter("tanuki_reloads", "New champions, by outcome.", ["outcome"], registry=registry)
+        for outcome in ("swapped", "refused"):
+            self._reloads.labels(outcome)
+        Gauge("tanuki_waiting_pictures", "Pictures that wait or are worked on.", registry=registry).set_function(
+            waiting
+        )
+        Gauge("tanuki_model_version", "The version that answers; 0 for none.", registry=registry).set_function(champion)
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """Counts a request that is over."""
+        self._requests.labels(route, status).inc()
+        self._request_s.labels(route).observe(seconds)
+
+    def batch(self, times: BatchTimes) -> None:
+        """Counts a batch, here and in the version's own statistics."""
+        for seconds in times.queue_s:
+            self._queue_s.observe(seconds)
+        self._decode_s.observe(times.decode_s)
+        self._run_s.observe(times.run_s)
+        self._batch.observe(len(times.queue_s))
+        self._pictures.labels(times.model.version).inc(len(times.queue_s))
+
+    def reload(self, outcome: str) -> None:
+        """Counts a champion that was taken over, or refused."""
+        self._reloads.labels(outcome).inc()
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self._registry)

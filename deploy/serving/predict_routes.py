@@ -1,0 +1,124 @@
+"""The plain way in: pictures as files, labels as JSON."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.routing import BaseRoute, Route
+
+from deploy.serving.batcher import Answer, Outcome
+from deploy.serving.endpoint import Call, Endpoint, Reply, json_reply
+from deploy.serving.errors import BAD_REQUEST, RequestError
+from deploy.serving.live_model import LiveModel
+from deploy.serving.metrics import CONTENT_TYPE
+from deploy.serving.service import Service
+
+MAX_TOP = 100
+DEFAULT_TOP = 5
+
+
+def predict_routes(service: Service) -> list[BaseRoute]:
+    """What is not the protocol's."""
+    made = partial(Endpoint, service)
+    return [
+        Route("/predict", made("predict", post=predict)),
+        Route("/metrics", made("metrics", get=metrics)),
+    ]
+
+
+async def predict(call: Call) -> Reply:
+    """Classifies one picture (the body itself) or several (a form's files)."""
+    service = call.service
+    model = service.models.resolve(service.models.name, call.query("version"))
+    top = _top(call.query("top"))
+    pictures = _pictures(await call.body(), call.headers.get(b"content-type", b""))
+    if not pictures:
+        raise RequestError(BAD_REQUEST, "no picture: send one as the body, or several as files of a multipart form")
+    if len(pictures) > service.settings.max_pictures:
+        raise RequestError(BAD_REQUEST, f"{len(pictures)} pictures are more than {service.settings.max_pictures}")
+    outcomes = await call.unless_left(service.answer(model, [data for _, data in pictures]))
+    named = zip((name for name, _ in pictures), outcomes, strict=True)
+    answer: dict[str, Any] = {
+        "request_id": call.id,
+        "model": service.models.name,
+        "version": str(model.version),
+        "predictions": [_prediction(name, outcome, model, top) for name, outcome in named],
+    }
+    status = _status(outcomes)
+    if status != 200:
+        answer["error"] = answer["predictions"][0]["error"]  # where errors are looked for
+    return json_reply(answer, status)
+
+
+async def metrics(call: Call) -> Reply:
+    """For Prometheus."""
+    return Reply(call.service.metrics.text(), content_type=CONTENT_TYPE.encode())
+
+
+def _prediction(name: str, outcome: Outcome, model: LiveModel, top: int) -> dict[str, Any]:
+    """A picture's labels, most probable first; or why there are none."""
+    if not isinstance(outcome, Answer):
+        return {"name": name, "error": str(outcome)}
+    order = np.argsort(-outcome.probabilities, kind="stable")[:top]
+    ranked = [{"label": model.labels[i], "probability": round(float(outcome.probabilities[i]), 6)} for i in order]
+    return {"name": name, **ranked[0], "top": ranked}
+
+
+def _status(outcomes: Sequence[Outcome]) -> int:
+    """200 if any picture has an answer."""
+    if any(isinstance(outcome, Answer) for outcome in outcomes):
+        return 200
+    return max(outcome.status if isinstance(outcome, RequestError) else BAD_REQUEST for outcome in outcomes)
+
+
+def _top(asked: str | None) -> int:
+    if asked is None:
+        return DEFAULT_TOP
+    if not asked.isascii() or not asked.isdecimal() or not 1 <= int(asked[:9]) <= MAX_TOP:
+        raise RequestError(BAD_REQUEST, f"top must be a whole number of 1 to {MAX_TOP}")
+    return int(asked)
+
+
+def _pictures(body: bytes, content_type: bytes) -> list[tuple[str, bytes]]:
+    """Name and bytes of each picture."""
+    kind, options = parse_options_header(content_type)
+    if kind == b"multipart/form-data":
+        return _files(body, options.get(b"boundary", b""))
+    return [("picture", body)] if body else []
+
+
+def _files(body: bytes, boundary: bytes) -> list[tuple[str, bytes]]:
+    """The parts of a form, each as one picture."""
+    parts: list[tuple[dict[bytes, bytearray], bytearray]] = []
+    name, value = bytearray(), bytearray()
+
+    def end_header() -> None:
+        parts[-1][0][bytes(name).lower()] = bytearray(value)
+        name.clear()
+        value.clear()
+
+    try:
+        parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": lambda: parts.append(({}, bytearray())),
+                "on_part_data": lambda data, start, end: parts[-1][1].extend(data[start:end]),
+                "on_header_field": lambda data, start, end: name.extend(data[start:end]),
+                "on_header_value": lambda data, start, end: value.extend(data[start:end]),
+                "on_header_end": end_header,
+            },
+        )
+        parser.write(body)
+        parser.finalize()
+    except MultipartParseError as error:
+        raise RequestError(BAD_REQUEST, f"the form cannot be read: {error}") from error
+    return [(_name(headers, number), bytes(data)) for number, (headers, data) in enumerate(parts, start=1)]
+
+
+def _name(headers: dict[bytes, bytearray], number: int) -> str:
+    """The file's name, as the client says."""
+    _, options = parse_options_header(bytes(headers.get(b"content-disposition", b"")))
+    return options.get(b"filename", b"").decode("utf-8", "replace")[:200] or f"picture {number}"

@@ -1,0 +1,234 @@
+"""The process: sockets, signals, logs, start and end."""
+
+import asyncio
+import logging
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from types import FrameType
+
+import orjson
+import uvicorn
+from starlette.routing import Router
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from deploy.errors import TanukiError
+from deploy.serving.endpoint import Endpoint
+from deploy.serving.errors import ServingError
+from deploy.serving.openapi import openapi_routes
+from deploy.serving.page_routes import page_routes
+from deploy.serving.predict_routes import predict_routes
+from deploy.serving.protocol_routes import protocol_routes
+from deploy.serving.service import Service
+from deploy.serving.settings import LOOPBACK, Settings, parse_settings
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its side, so that it is the proxy who closes
+MAX_HEAD_BYTES = 65_536
+HEAD_S = 15  # for a client to send its request line and headers
+
+logger = logging.getLogger(__name__)
+
+
+class Application:
+    """The ASGI application of a service."""
+
+    def __init__(self, service: Service) -> None:
+        self.routes = [
+            *protocol_routes(service),
+            *predict_routes(service),
+            *page_routes(service),
+            *openapi_routes(service),
+        ]
+        self._router = Router(self.routes, redirect_slashes=False, default=Endpoint(service, "unknown"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._router(scope, receive, send)
+
+
+class Connection(HttpToolsProtocol):
+    """A connection whose request line and headers have a limit, in size and in time."""
+
+    _head_bytes = 0
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._have_head()
+                self.send_400_response(f"More than {MAX_HEAD_BYTES} bytes of headers.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._have_head()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._have_head()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        self._have_head()
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(HEAD_S, self.timeout_keep_alive_handler)
+
+    def _have_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, which on SIGTERM first stops being ready, still answers for a while, and only then closes its door."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._leaves_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """SIGTERM or Ctrl-C; the second one does not wait."""
+        if self._leaves_at is not None:
+            self.should_exit = self.force_exit = True
+            return
+        settings = self._service.settings
+        logger.info(
+            "stopping: %g s for clients to leave, %g s for what is under way", settings.notice_s, settings.grace_s
+        )
+        self._service.draining = True
+        self._leaves_at = time.monotonic() + settings.notice_s
+
+    async def on_tick(self, counter: int) -> bool:
+        is_over = await super().on_tick(counter)
+        return is_over or (self._leaves_at is not None and time.monotonic() >= self._leaves_at)
+
+
+def serve(settings: Settings) -> None:
+    """Serves until it is told to stop.
+
+    Raises:
+        TanukiError: If it cannot start.
+    """
+    listener = _listen(settings)
+    service = Service(settings)
+    service.load()
+    config = uvicorn.Config(
+        Application(service),
+        loop="uvloop",
+        http=Connection,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=settings.max_connections,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(settings.grace_s),
+        ssl_certfile=settings.tls_cert and str(settings.tls_cert),
+        ssl_keyfile=settings.tls_key and str(settings.tls_key),
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise ServingError(
+            f"{settings.tls_cert} and {settings.tls_key} are no certificate and its key: {error}"
+        ) from error
+    _warn_if_open(settings)
+    server = Server(config, service)
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_run(server, service, listener))
+
+
+async def _run(server: Server, service: Service, listener: socket.socket) -> None:
+    service.start()
+    host, port = listener.getsockname()[:2]
+    champion = service.models.champion
+    logger.info(
+        "version %s answers as %s on %s:%d",
+        champion.version if champion else "none",
+        service.models.name,
+        host,
+        port,
+        extra={"host": host, "port": port},
+    )
+    await server.serve([listener])
+    await service.stop()
+    logger.info("stopped")
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """The listening socket, before anything is loaded: a port in use should be told at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ServingError(
+            f"cannot listen on {settings.host}:{settings.port}: {reason}. Choose with --host, --port."
+        ) from error
+
+
+def _warn_if_open(settings: Settings) -> None:
+    if settings.host in LOOPBACK:
+        return
+    lacks = [
+        name
+        for name, value in {"--token-file": settings.token_file, "--tls-cert": settings.tls_cert}.items()
+        if not value
+    ]
+    if lacks:
+        logger.warning("others can reach %s, and there is no %s", settings.host, " and no ".join(lacks))
+
+
+class JsonFormatter(logging.Formatter):
+    """A line of JSON for each record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {
+            key: vars(record)[key] for key in ("request_id", "status", "ms", "host", "port") if key in vars(record)
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=str).decode()
+
+
+def configure_logging() -> None:
+    """Our lines, and the warnings of others, as JSON on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    ours = logging.getLogger("deploy")
+    ours.handlers, ours.propagate = [], True
+    ours.setLevel(logging.INFO)
+
+
+def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> None:
+    """The command ``tanuki-serve``; a user's mistake is one paragraph and exit code 1."""
+    settings = parse_settings(arguments, program=program)
+    configure_logging()
+    try:
+        serve(settings)
+    except (TanukiError, OSError) as error:
+        print(f"tanuki: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,135 @@
+"""What every way in shares: the models, the batcher, the limits, and whether the server is on its way out."""
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+
+from deploy.machine import available_cores
+from deploy.registry import Registry
+from deploy.serving.batcher import Batcher, BatchTimes, Outcome, Picture
+from deploy.serving.errors import RequestError, ServingError
+from deploy.serving.live_model import LiveModel
+from deploy.serving.metrics import Metrics
+from deploy.serving.models import Models, Watcher
+from deploy.serving.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class Service:
+    """One server's parts. Make it, ``load``, and ``start`` it on the event loop; ``stop`` it at the end.
+
+    Args:
+        settings: How it is run.
+
+    Raises:
+        ServingError: If the token file holds none.
+        OSError: If it cannot be read.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.draining = False
+        self.metrics = Metrics(waiting=lambda: self.batcher.waiting, champion=self._champion_version)
+        self.models = Models(
+            Registry(settings.registry), name=settings.name, keep=settings.keep, on_reload=self.metrics.reload
+        )
+        self.parser = ThreadPoolExecutor(1, thread_name_prefix="parser")  # large JSON and compressed bodies
+        self.batcher: Batcher
+        self._watcher = Watcher(self.models, every_s=settings.watch_s)
+        self._tokens = _tokens(settings)
+
+    def load(self) -> None:
+        """Loads the champion; without one the server starts, waits for the first and is not ready.
+
+        Raises:
+            ServingError: If there is no registry, or its champion cannot answer.
+        """
+        if not self.settings.registry.is_dir():
+            raise ServingError(
+                f"{self.settings.registry} is no registry: there is no such folder. "
+                "Name it with --registry, or make one with `tanuki retrain`."
+            )
+        self.models.refresh()
+        if self.models.problem is not None:
+            raise ServingError(f"the champion cannot answer: {self.models.problem}")
+        if self.models.champion is None:
+            logger.warning("%s has no champion yet: waiting for the first promotion", self.settings.registry)
+
+    def start(self) -> None:
+        """Starts the threads; on the event loop that they answer to."""
+        self.batcher = Batcher(
+            threads=self.settings.threads or available_cores(),
+            max_waiting=self.settings.max_waiting,
+            max_pixels=self.settings.max_pixels,
+            on_batch=self._count_batch,
+        )
+        self._watcher.start()
+
+    async def stop(self) -> None:
+        """Ends the threads, once what waits is answered."""
+        await asyncio.to_thread(self._watcher.stop)
+        await asyncio.to_thread(self.batcher.close)
+        self.parser.shutdown()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new requests are welcome."""
+        return self.models.champion is not None and not self.draining
+
+    def admits(self, authorization: bytes | None) -> bool:
+        """Whether a request may be served, by its header ``authorization``."""
+        if not self._tokens:
+            return True
+        kind, _, token = (authorization or b"").partition(b" ")
+        digest = sha256(token.strip()).digest()
+        return kind.lower() == b"bearer" and any(hmac.compare_digest(digest, known) for known in self._tokens)
+
+    async def answer(
+        self, model: LiveModel, pictures: Sequence[Picture], *, timeout_s: float | None = None
+    ) -> list[Outcome]:
+        """Answers pictures within the client's time or the server's, whichever is less, and keeps the statistics.
+
+        Raises:
+            RequestError: If too many wait, or the time is over.
+        """
+        start = time.monotonic()
+        limit_s = min(timeout_s or self.settings.timeout_s, self.settings.timeout_s)
+        done = model.statistics
+        try:
+            outcomes = await self.batcher.answer(model, pictures, timeout_s=limit_s)
+        except RequestError:
+            done.failed += 1
+            done.failed_ns += int((time.monotonic() - start) * 1e9)
+            raise
+        done.success += 1
+        done.success_ns += int((time.monotonic() - start) * 1e9)
+        done.last_ms = int(time.time() * 1000)
+        return outcomes
+
+    def _count_batch(self, times: BatchTimes) -> None:
+        done = times.model.statistics
+        done.pictures += len(times.queue_s)
+        done.batches += 1
+        done.queue_ns += int(sum(times.queue_s) * 1e9)
+        done.decode_ns += int(times.decode_s * 1e9)
+        done.run_ns += int(times.run_s * 1e9)
+        self.metrics.batch(times)
+
+    def _champion_version(self) -> int:
+        return self.models.champion.version if self.models.champion else 0
+
+
+def _tokens(settings: Settings) -> list[bytes]:
+    """Digests of the tokens, so that a comparison tells nothing of their length."""
+    if settings.token_file is None:
+        return []
+    lines = settings.token_file.read_bytes().split(b"\n")
+    tokens = [sha256(line.strip()).digest() for line in lines if line.strip()]
+    if not tokens:
+        raise ServingError(f"{settings.token_file} holds no token: write one a line, or leave --token-file out.")
+    return tokens

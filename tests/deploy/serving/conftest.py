@@ -1,0 +1,17 @@
+"""One server for all tests that only ask it something."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.deploy.serving.running import Running, add_version, serving
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of version 1, with small limits; nobody may promote anything there."""
+    folder = tmp_path_factory.mktemp("serving")
+    add_version(folder / "registry", folder)
+    options = ("--name", "m", "--max-pictures", "8", "--max-megapixels", "1", "--max-body-mb", "4")
+    with serving(folder / "registry", folder, *options, "--max-json-mb", "1", "--body-timeout-s", "1.5") as running:
+        yield running

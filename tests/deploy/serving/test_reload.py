@@ -1,0 +1,167 @@
+"""Promotions and rollbacks while the server answers: never a lost request, never an answer of a version not named."""
+
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from deploy.images import decode_image
+from deploy.predictor import Predictor
+from deploy.registry import Registry
+from tests.deploy.serving.running import Running, add_version, eventually, make_champion, serving
+from tests.deploy.tiny_bundle import colour_image, encoded
+
+PICTURE = encoded(colour_image("blau"), "JPEG")
+QUICK = ("--watch-s", "0.02")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A registry of three versions, the first of which is the champion."""
+    root = tmp_path / "registry"
+    for sharpness in (8.0, 4.0, 2.0):
+        add_version(root, tmp_path, sharpness=sharpness, promote=sharpness == 8.0)
+    return root
+
+
+def answers_of(root: Path) -> dict[str, float]:
+    """What each version says of the picture."""
+    answers = {}
+    for version in Registry(root).versions():
+        with Predictor(Registry(root).bundle(version.id), threads=1) as predictor:
+            probabilities = predictor.predict([decode_image(PICTURE)]).probabilities[0]
+        answers[str(version.id)] = float(probabilities.max())
+    return answers
+
+
+def answering(running: Running) -> str:
+    return running.client.post("/predict", content=PICTURE).json()["version"]
+
+
+@contextmanager
+def load_on(running: Running, expected: dict[str, float], *, clients: int = 4) -> Iterator[Counter[str]]:
+    """Asks all the time from several clients; counts the answers of each version, and whatever else came back."""
+    counts: Counter[str] = Counter()
+    over = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=running.url, timeout=30) as client:
+            while not over.is_set():
+                try:
+                    answer = client.post("/predict", content=PICTURE).json()
+                    told = answer["predictions"][0]["probability"]
+                    right = abs(told - expected[answer["version"]]) < 1e-4
+                    counts[answer["version"] if right else f"wrong: {answer}"] += 1
+                except Exception as error:  # noqa: BLE001  every failure counts
+                    counts[f"failed: {error!r}"] += 1
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield counts
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def move_about(running: Running, root: Path, moves: int) -> None:
+    """Promotes and rolls back in turns, each once the server has followed."""
+    registry = Registry(root)
+    for move in range(moves):
+        if move % 3 == 2:
+            registry.rollback("a test")
+        else:
+            make_champion(root, 1 + (registry.require_champion().id + 1) % 3)
+        champion = str(registry.require_champion().id)
+        eventually(lambda champion=champion: answering(running) == champion)
+
+
+def test_promotions_and_rollbacks_under_load_cost_no_request(root: Path, tmp_path: Path) -> None:
+    expected = answers_of(root)
+    assert len({round(value, 3) for value in expected.values()}) == 3
+    with serving(root, tmp_path, *QUICK, "--keep", "1") as running:
+        with load_on(running, expected) as counts:
+            move_about(running, root, 6)
+        assert set(counts) <= set(expected), counts
+        assert len(counts) >= 2
+        assert running.metric("tanuki_reloads_total") >= 7
+        assert running.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_hundred_of_them_leave_memory_as_it_was(root: Path, tmp_path: Path) -> None:
+    with serving(root, tmp_path, *QUICK, "--keep", "0") as running:
+        with load_on(running, answers_of(root), clients=8) as counts:
+            move_about(running, root, 20)
+            before = running.metric("process_resident_memory_bytes")
+            move_about(running, root, 80)
+            after = running.metric("process_resident_memory_bytes")
+        assert set(counts) <= {"1", "2", "3"}, counts
+        assert after - before < 5e6, (before, after)
+
+
+def test_earlier_versions_have_their_paths_while_they_are_kept(root: Path, tmp_path: Path) -> None:
+    with serving(root, tmp_path, *QUICK, "--keep", "1") as running:
+        assert running.client.get("/v2/models/tanuki/versions/2/ready").status_code == 400
+        make_champion(root, 2)
+        eventually(lambda: answering(running) == "2")
+        assert running.client.post("/predict?version=1", content=PICTURE).json()["version"] == "1"
+        assert running.client.get("/v2/models/tanuki").json()["versions"] == ["1", "2"]
+        make_champion(root, 3)
+        eventually(lambda: answering(running) == "3")
+        assert running.client.get("/v2/models/tanuki/versions/2/ready").status_code == 200
+        gone = running.client.post("/v2/models/tanuki/versions/1/infer", content=b"{}")
+        assert gone.status_code == 404
+        assert gone.json() == {"error": "Request for unknown model: 'tanuki' version 1 is not found"}
+        index = running.client.post("/v2/repository/index").json()
+        assert [(each["version"], each["state"]) for each in index] == [("2", "READY"), ("3", "READY")]
+
+
+def test_a_damaged_champion_is_refused_and_the_old_one_goes_on(root: Path, tmp_path: Path) -> None:
+    with serving(root, tmp_path, *QUICK) as running:
+        running.process.send_signal(signal.SIGSTOP)  # so that it does not see version 2 whole
+        make_champion(root, 2)
+        graph = root / "versions" / "2" / "back.onnx"
+        graph.chmod(0o644)
+        graph.write_bytes(graph.read_bytes()[:-1] + b"\x00")
+        running.process.send_signal(signal.SIGCONT)
+        eventually(lambda: running.metric('tanuki_reloads_total{outcome="refused"}') == 1)
+        assert answering(running) == "1"
+        assert running.client.get("/v2/health/ready").status_code == 200
+        (line,) = [line for line in running.lines() if line["level"] == "error"]
+        assert "version 1 goes on answering" in line["message"]
+        assert "back.onnx was changed" in line["message"]
+        told = running.client.post("/v2/repository/models/tanuki/load")
+        assert told.status_code == 400
+        assert "damaged" in told.json()["error"]
+        make_champion(root, 3)
+        eventually(lambda: answering(running) == "3")
+
+
+def test_a_registry_that_vanishes_and_comes_back_costs_nothing(root: Path, tmp_path: Path) -> None:
+    with serving(root, tmp_path, *QUICK) as running:
+        root.rename(tmp_path / "away")
+        eventually(lambda: running.metric('tanuki_reloads_total{outcome="refused"}') >= 1)
+        assert answering(running) == "1"
+        (tmp_path / "away").rename(root)
+        make_champion(root, 2)
+        eventually(lambda: answering(running) == "2")
+
+
+def test_asked_to_load_it_looks_at_the_registry_at_once(root: Path, tmp_path: Path) -> None:
+    with serving(root, tmp_path, "--watch-s", "1000") as running:
+        make_champion(root, 3)
+        assert answering(running) == "1"
+        assert running.client.post("/v2/repository/models/tanuki/load").status_code == 200
+        assert answering(running) == "3"
+        started = time.monotonic()
+        assert running.stop() == 0
+        assert time.monotonic() - started < 10
