@@ -1,6 +1,5 @@
 """The Open Inference Protocol over HTTP, with the extensions that a client of Triton may call."""
 
-import asyncio
 from functools import partial
 from importlib.metadata import version as package_version
 
@@ -138,12 +137,7 @@ async def repository_index(call: Call) -> Reply:
 
 async def load(call: Call) -> Reply:
     """Looks at the registry now: which version answers is the registry's to say."""
-    name, models = str(call.path("model")), call.service.models
-    if name != models.name:
-        raise bad(f"failed to load '{name}', failed to poll from model repository")
-    await asyncio.to_thread(models.refresh, force=True)
-    if models.problem is not None:
-        raise bad(f"failed to load '{name}': {models.problem}")
+    await call.service.look(str(call.path("model")))
     return Reply()
 
 
