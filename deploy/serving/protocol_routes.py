@@ -20,6 +20,8 @@ from deploy.serving.inference_protocol import (
 )
 from deploy.serving.service import Service
 
+MODEL = "/v2/models/{model}"
+VERSION = f"{MODEL}/versions/{{version}}"
 PLAIN = b"text/plain"
 NOT_READY = "Model version not ready"
 LARGE_JSON_BYTES = 32_768  # above it JSON is read off the event loop
@@ -27,10 +29,10 @@ HEADER_LENGTH = b"inference-header-content-length"
 
 
 def protocol_routes(service: Service) -> list[BaseRoute]:
-    """All routes under /v2, tried in their order."""
+    """All routes under /v2; infer first, because routes are tried in their order."""
     made = partial(Endpoint, service)
+    infer_endpoint = made("infer", post=infer)
     models: dict[str, Endpoint] = {
-        "/infer": made("infer", post=infer),
         "/ready": made("model_ready", get=model_ready),
         "/config": made("model_config", get=config),
         "/stats": made("model_statistics", get=statistics),
@@ -45,9 +47,10 @@ def protocol_routes(service: Service) -> list[BaseRoute]:
         "/v2/repository/models/{model}/unload": made("unload", post=unload),
         "/v2": made("server_metadata", get=server_metadata),
     }
-    of_model = {f"/v2/models/{{model}}{end}": endpoint for end, endpoint in models.items()}
-    of_version = {f"/v2/models/{{model}}/versions/{{version}}{end}": endpoint for end, endpoint in models.items()}
-    return [Route(path, endpoint) for path, endpoint in {**server, **of_model, **of_version}.items()]
+    of_model = {f"{MODEL}{end}": endpoint for end, endpoint in models.items()}
+    of_version = {f"{VERSION}{end}": endpoint for end, endpoint in models.items()}
+    first = {f"{path}/infer": infer_endpoint for path in (MODEL, VERSION)}
+    return [Route(path, endpoint) for path, endpoint in {**first, **server, **of_model, **of_version}.items()]
 
 
 async def infer(call: Call) -> Reply:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its side, so that it is the proxy who closes
 MAX_HEAD_BYTES = 65_536
+PIECE_BYTES = 1_048_576
 LOGGED_FACTS = ("request_id", "status", "ms", "host", "port", "grpc_port")
 HEAD_S = 15  # for a client to send its request line and headers
 
@@ -57,7 +58,7 @@ class Application:
 
 
 class Connection(HttpToolsProtocol):
-    """A connection whose request line and headers have a limit, in size and in time."""
+    """A connection that gives a body to its request at once, and limits a request's head in size and in time."""
 
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
@@ -81,6 +82,15 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._have_head()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Wakes the request once its body is there, or a large piece of it, and not for every read from the socket."""
+        if self.cycle.response_complete:
+            return
+        self.cycle.body += body
+        if len(self.cycle.body) > PIECE_BYTES:
+            self.flow.pause_reading()
+            self.cycle.message_event.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._have_head()
