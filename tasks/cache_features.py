@@ -24,7 +24,7 @@ from deploy.files import Readable, sha256_bytes, sha256_file
 from deploy.images import decode_image
 from deploy.machine import available_cores
 from deploy.runtime import open_session
-from tasks.data.feature_store import FeatureStore, Key, not_storable, writing
+from tasks.data.feature_store import FeatureStore, Key, Part, Space, adding, not_storable, writing
 from tasks.data.features import feature_space, read_engine, write_engine
 from tasks.data.image_store import ImageStore, open_images
 from tasks.data.manifest import read_manifest
@@ -131,13 +131,70 @@ class Extractor:
         return pixels  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class Job:
+    """What there is to extract, and what by."""
+
+    wanted: list[Work]
+    views: tuple[str, ...]
+    space: Space
+    extractor: Extractor
+
+
 def run(layout: Layout, *, features: FeaturesParams, augment: AugmentParams) -> CacheFeaturesReport:
     """Fills data/features with what is missing for data/manifest/accepted.parquet.
 
     Raises:
+        BackboneError: If the backbone is missing, or not the one that its card speaks of.
         DataError: If images are missing, changed or do not decode; all are named, and the others are stored.
+        ParamsError: If the engine that is asked for cannot run here.
         StoreError: If features are not finite in float16, or another process writes the store.
     """
+    job = _job(layout, features, augment)
+    _refuse_missing(job.wanted)
+    with writing(layout.features_dir, job.space) as store:
+        rechecked = _recheck_choice(store, job.wanted, features.recheck)
+        stale = _recheck(store, rechecked, job.extractor)
+        missing = _missing(store, job.wanted)
+        extracted = _extract(store, missing, job.extractor, features.batch_size)
+        write_engine(layout.features_dir, job.space.engine)
+    num_features = sum(len(work.views) for work in job.wanted)
+    logger.info("%d features: %d extracted, %d reused", num_features, extracted, num_features - extracted)
+    return CacheFeaturesReport(
+        num_images=len(job.wanted),
+        num_features=num_features,
+        views=job.views,
+        extracted=extracted,
+        reused=num_features - extracted,
+        rechecked=len(rechecked),
+        stale=stale,
+        feature_dim=job.space.feature_dim,
+        engine=job.space.engine,
+        engine_reason=job.extractor.engine.reason,
+    )
+
+
+def run_part(layout: Layout, part: Part, *, features: FeaturesParams, augment: AugmentParams) -> int:
+    """Extracts what is missing of one part of the images; other processes may extract theirs, and `run` finds it all.
+
+    Returns:
+        How many features were extracted.
+
+    Raises:
+        BackboneError, DataError, ParamsError, StoreError: As `run`, of this part's images.
+    """
+    job = _job(layout, features, augment)
+    mine = [work for work in job.wanted if work.sha256 in part]
+    _refuse_missing(mine)
+    with adding(layout.features_dir, job.space, part) as store:
+        extracted = _extract(store, _missing(store, mine), job.extractor, features.batch_size)
+    logger.info("part %d of %d: %d images, %d features extracted", part.index, part.count, len(mine), extracted)
+    return extracted
+
+
+def _job(layout: Layout, features: FeaturesParams, augment: AugmentParams) -> Job:
+    """Reads what there is to do and opens the backbone."""
+    read_engine(layout.features_dir)  # a store of another format is left alone
     card = read_card(layout.backbone_card)
     images = read_manifest(layout.accepted)
     views = training_views(
@@ -147,31 +204,9 @@ def run(layout: Layout, *, features: FeaturesParams, augment: AugmentParams) -> 
         hflip=augment.hflip,
     )
     wanted = _wanted(images, open_images(layout.raw), views)
-    _refuse_missing(wanted)
-    read_engine(layout.features_dir)  # a store of another format is left alone
     extractor = _open_extractor(layout, card, features.engine, augment)
-    engine = extractor.engine
-    logger.info("the trunk runs on %s: %s", engine.name, engine.reason)
-    with writing(layout.features_dir, feature_space(card, engine.name)) as store:
-        rechecked = _recheck_choice(store, wanted, features.recheck)
-        stale = _recheck(store, rechecked, extractor)
-        missing = _missing(store, wanted)
-        extracted = _extract(store, missing, extractor, features.batch_size)
-        write_engine(layout.features_dir, engine.name)
-    num_features = sum(len(work.views) for work in wanted)
-    logger.info("%d features: %d extracted, %d reused", num_features, extracted, num_features - extracted)
-    return CacheFeaturesReport(
-        num_images=len(wanted),
-        num_features=num_features,
-        views=views,
-        extracted=extracted,
-        reused=num_features - extracted,
-        rechecked=len(rechecked),
-        stale=stale,
-        feature_dim=card.feature_dim,
-        engine=engine.name,
-        engine_reason=engine.reason,
-    )
+    logger.info("the trunk runs on %s: %s", extractor.engine.name, extractor.engine.reason)
+    return Job(wanted, views, feature_space(card, extractor.engine.name), extractor)
 
 
 def _wanted(images: pd.DataFrame, store: ImageStore, views: tuple[str, ...]) -> list[Work]:

@@ -30,6 +30,7 @@ class Metrics:
     def __init__(self, *, waiting: Callable[[], int], champion: Callable[[], int]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each counter, which nobody reads
         self._registry = registry = CollectorRegistry()
+        self._looked_up: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         ProcessCollector(registry=registry)
         self._requests = Counter(
             "tanuki_requests", "Requests, by what was asked and how it ended.", ["route", "code"], registry=registry
@@ -58,8 +59,16 @@ class Metrics:
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Counts a request that is over."""
-        self._requests.labels(route, status).inc()
-        self._request_s.labels(route).observe(seconds)
+        count, histogram = self._of_request(route, status)
+        count.inc()
+        histogram.observe(seconds)
+
+    def _of_request(self, route: str, status: int) -> tuple[Counter, Histogram]:
+        """Looked up once: a label's lookup takes a lock and makes text of its values."""
+        key = (route, status)
+        if key not in self._looked_up:
+            self._looked_up[key] = self._requests.labels(route, status), self._request_s.labels(route)
+        return self._looked_up[key]
 
     def batch(self, times: BatchTimes) -> None:
         """Counts a batch, here and in the version's own statistics."""

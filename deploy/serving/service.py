@@ -11,7 +11,7 @@ from hashlib import sha256
 from deploy.machine import available_cores
 from deploy.registry import Registry
 from deploy.serving.batcher import Batcher, BatchTimes, Outcome, Picture
-from deploy.serving.errors import RequestError, ServingError
+from deploy.serving.errors import BAD_REQUEST, RequestError, ServingError
 from deploy.serving.live_model import LiveModel
 from deploy.serving.metrics import Metrics
 from deploy.serving.models import Models, Watcher
@@ -92,6 +92,18 @@ class Service:
         kind, _, token = (authorization or b"").partition(b" ")
         digest = sha256(token.strip()).digest()
         return kind.lower() == b"bearer" and any(hmac.compare_digest(digest, known) for known in self._tokens)
+
+    async def look(self, name: str) -> None:
+        """Looks at the registry now, as the protocol's load call asks.
+
+        Raises:
+            RequestError: If the model has another name, or its champion was refused.
+        """
+        if name != self.models.name:
+            raise RequestError(BAD_REQUEST, f"failed to load '{name[:100]}', failed to poll from model repository")
+        await asyncio.to_thread(self.models.refresh, force=True)
+        if self.models.problem is not None:
+            raise RequestError(BAD_REQUEST, f"failed to load '{name}': {self.models.problem}")
 
     async def answer(
         self, model: LiveModel, pictures: Sequence[Picture], *, timeout_s: float | None = None

@@ -17,6 +17,7 @@ class Settings:
     name: Annotated[str, "the model's name in the protocol's paths"] = "tanuki"
     host: Annotated[str, "address to listen on; 0.0.0.0 for all"] = "127.0.0.1"
     port: Annotated[int, "port of HTTP; 0 for any free one"] = 8000
+    grpc_port: Annotated[int | None, "port of gRPC, Triton's is 8001; 0 for any free one; no gRPC, if not given"] = None
     threads: Annotated[int | None, "threads that answer; as many as cores may be used, if not given"] = None
     public_key: Annotated[Path | None, "only bundles signed by this key (`tanuki keygen`) answer"] = None
     keep: Annotated[int, "earlier versions that stay loaded and addressable"] = 2

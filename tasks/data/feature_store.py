@@ -7,6 +7,7 @@ precision. Each space is a folder of shards. A shard is two files, written once 
     SPACE/000001.npy       (n, D) float16, read through mmap
     SPACE/000001.json      the key of each row and a digest over both; its rename commits the shard
 
+Several processes may add to one space at once, each under numbers of its own (`adding`); all else needs it alone.
 So a kill at any moment leaves whole shards and at most a stray file, which the next writer sweeps; a shard that does
 not have its digest is named, and the next writer drops it. Deleting the folder loses time and nothing else.
 Written by tasks.cache_features, read through tasks.data.features, rid of what nothing needs by flows.garbage.
@@ -68,6 +69,21 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The ``index``-th of ``count`` equal shares of all images, by content: for as many processes or machines."""
+
+    index: int
+    count: int
+
+    def __contains__(self, image_sha256: str) -> bool:
+        return int(image_sha256[:8], 16) % self.count == self.index - 1
+
+    def next_number(self, last: int) -> int:
+        """The first number above ``last`` that is this part's; with one part, all are."""
+        return last + 1 + (self.index - last - 1 - 1) % self.count
+
+
+@dataclass(frozen=True)
 class Shard:
     """A committed shard: its features file, and the keys of its rows in order."""
 
@@ -99,10 +115,12 @@ class FeatureStore:
     Args:
         directory: The folder of the space.
         space: What it holds.
+        part: Whose numbers of shards are used.
     """
 
     directory: Path
     space: Space
+    part: Part = Part(1, 1)
     shards: list[Shard] = field(default_factory=list)
     rows: dict[Key, tuple[int, int]] = field(default_factory=dict)
 
@@ -140,7 +158,7 @@ class FeatureStore:
         Raises:
             StoreError: If a row is not finite or too large for float16.
         """
-        number = 1 + max((int(shard.path.stem) for shard in self.shards), default=0)
+        number = self.part.next_number(max((int(shard.path.stem) for shard in self.shards), default=0))
         shard = Shard(self.directory / f"{number:06d}.npy", tuple(keys))
         if bad := not_storable(features):
             named = ", ".join(f"view {keys[row].view} of image {keys[row].image_sha256[:12]}" for row in bad[:20])
@@ -229,7 +247,7 @@ def writing(root: Path, space: Space, *, wait_s: float = LOCK_WAIT_S) -> Iterato
     """
     directory = root / space.name
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory, wait_s):
+    with _locked(directory, fcntl.LOCK_EX, wait_s):
         store, damaged = _read(directory, space)
         if damaged:
             logger.warning(
@@ -241,6 +259,28 @@ def writing(root: Path, space: Space, *, wait_s: float = LOCK_WAIT_S) -> Iterato
         for path in damaged:
             _remove(path)
         _sweep(store)
+        write_json(directory / SPACE_CARD, asdict(space))
+        yield store
+
+
+@contextmanager
+def adding(root: Path, space: Space, part: Part, *, wait_s: float = LOCK_WAIT_S) -> Iterator[FeatureStore]:
+    """Opens a space for adding a part of the images, beside others that add theirs; nothing is dropped or swept.
+
+    Args:
+        root: The folder of all spaces.
+        space: Which.
+        part: Two processes must not add the same one at the same time.
+        wait_s: How long to wait for a process that has the space alone, in seconds.
+
+    Raises:
+        StoreError: If another process keeps the space for itself.
+    """
+    directory = root / space.name
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory, fcntl.LOCK_SH, wait_s):
+        store, _ = _read(directory, space)
+        store.part = part
         write_json(directory / SPACE_CARD, asdict(space))
         yield store
 
@@ -345,12 +385,12 @@ def _names(paths: Iterable[Path]) -> str:
 
 
 @contextmanager
-def _locked(directory: Path, wait_s: float) -> Iterator[None]:
+def _locked(directory: Path, mode: int, wait_s: float) -> Iterator[None]:
     """Holds the folder itself: no lock file that DVC would track, and the kernel frees it when the process dies."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         deadline, told = time.monotonic() + wait_s, False
-        while not _try_lock(handle):
+        while not _try_lock(handle, mode):
             if time.monotonic() >= deadline:
                 raise StoreError(
                     f"{directory} is being written by another process, for more than {wait_s:g} s. "
@@ -365,9 +405,9 @@ def _locked(directory: Path, wait_s: float) -> Iterator[None]:
         os.close(handle)
 
 
-def _try_lock(handle: int) -> bool:
+def _try_lock(handle: int, mode: int) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, mode | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -166,5 +166,5 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that cannot break a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())
+    """Text that cannot break a Markdown table and is no HTML in it."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

@@ -157,6 +157,7 @@ def test_the_doctor_fails_where_params_are_broken(workspace: Workspace) -> None:
         "keygen",
         "sign",
         "pretrain",
+        "publish",
         "doctor",
     ],
 )

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from ruamel.yaml import YAML
 
 from deploy.files import sha256_bytes, write_bytes
 from tasks import cache_features
-from tasks.data.feature_store import FeatureStore, Key, Space, open_store, writing
+from tasks.data.feature_store import FeatureStore, Key, Part, Space, adding, open_store, writing
 from tasks.data.features import STORE_CARD, feature_space, load_features, read_engine, write_engine
 from tasks.data.manifest import read_manifest
 from tasks.data.views import apply_view, training_views, view_names
@@ -387,6 +388,70 @@ class TestCacheFeatures:
         (space / "000002.npy").write_bytes(b"not committed")
         run(layout)
         assert contents(layout.features_dir) == before
+
+
+class TestParts:
+    def test_every_image_is_in_one_part_and_no_two_parts_write_one_file(self) -> None:
+        shas = [f"{sha256_bytes(bytes([number]))}" for number in range(200)]
+        for count in (1, 2, 5):
+            parts = [Part(index, count) for index in range(1, count + 1)]
+            assert all(sum(sha in part for part in parts) == 1 for sha in shas)
+            for last in range(12):
+                numbers = [part.next_number(last) for part in parts]
+                assert sorted(numbers) == list(range(last + 1, last + 1 + count))
+
+    def test_parts_at_the_same_time_store_what_one_process_stores(
+        self, layout: Layout, repository: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        alone = make_workspace(tmp_path_factory.mktemp("alone"), {"ant": 10, "bee": 10})
+        run(alone)
+        put_params(layout, repository)
+        done = [part_process(layout, repository, part) for part in ("1/2", "2/2")]
+        assert [process.wait() for process in done] == [0, 0]
+        assert run(layout).extracted == 0
+        keys = sorted(store_of(alone).rows)
+        assert sorted(store_of(layout).rows) == keys
+        np.testing.assert_array_equal(store_of(layout).gather(keys), store_of(alone).gather(keys))
+
+    def test_doing_a_part_again_does_nothing_and_a_damaged_one_is_mended(self, layout: Layout) -> None:
+        part = Part(1, 2)
+        num_rows = cache_features.run_part(layout, part, features=FEATURES, augment=AUGMENT)
+        before = contents(layout.features_dir)
+        assert cache_features.run_part(layout, part, features=FEATURES, augment=AUGMENT) == 0
+        assert contents(layout.features_dir) == before
+        hurt(next(layout.features_dir.rglob("[0-9]*.npy")), "flipped")
+        assert cache_features.run_part(layout, part, features=FEATURES, augment=AUGMENT) == num_rows
+        assert run(layout).extracted == 32 - num_rows
+
+    def test_parts_do_not_wait_for_each_other_and_who_needs_the_store_alone_does(self, tmp_path: Path) -> None:
+        one, other = (Part(1, 2), Part(2, 2))
+        with adding(tmp_path, SPACE, one) as first, adding(tmp_path, SPACE, other, wait_s=0) as second:
+            first.append(keys_of(1), np.ones((1, 3)))
+            second.append(keys_of(1, start=1), np.full((1, 3), 2.0))
+            with pytest.raises(StoreError, match="being written by another process"):  # noqa: SIM117
+                with writing(tmp_path, SPACE, wait_s=0.05):
+                    pass
+        with writing(tmp_path, SPACE) as store:
+            np.testing.assert_array_equal(store.gather(keys_of(2))[:, 0], [1, 2])
+
+    def test_a_part_that_does_not_exist_is_wrong_usage(self, layout: Layout, repository: Path) -> None:
+        for words in (["cache_features", "--part", "3/2"], ["train_head", "--part", "1/2"]):
+            command = [sys.executable, "-m", "tasks", *words, "--root", str(layout.root)]
+            assert subprocess.run(command, cwd=repository, capture_output=True, check=False).returncode == 2
+
+
+def put_params(layout: Layout, repository: Path) -> None:
+    """params.yaml with what `run` is given here."""
+    yaml = YAML()
+    values = yaml.load((repository / "params.yaml").read_text())
+    values["features"].update(FEATURES.model_dump())
+    values["augment"].update(AUGMENT.model_dump())
+    yaml.dump(values, layout.params)
+
+
+def part_process(layout: Layout, repository: Path, part: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "tasks", "cache_features", "--part", part, "--root", str(layout.root)]
+    return subprocess.Popen(command, cwd=repository, stderr=subprocess.DEVNULL)
 
 
 def shift_stored_features(layout: Layout, factor: float, *, only: int | None = None) -> None:

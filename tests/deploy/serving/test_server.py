@@ -216,7 +216,7 @@ def test_it_drains_on_sigterm(registry: Path, tmp_path: Path) -> None:
 
 
 def test_overload_is_told_and_the_rest_is_answered(registry: Path, tmp_path: Path) -> None:
-    picture = encoded(colour_image("grün", size=(1200, 1200)))
+    picture = encoded(colour_image("grün", size=(1200, 1200)), "BMP")
     options = ("--threads", "1", "--max-waiting", "4", "--max-pictures", "2")
     with serving(registry, tmp_path, *options) as running, ThreadPoolExecutor(16) as pool:
         asked = [pool.submit(httpx.post, f"{running.url}/predict", content=picture, timeout=30) for _ in range(16)]
