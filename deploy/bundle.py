@@ -1,51 +1,51 @@
 """The bundle: a folder that holds all that answering needs, and can prove that it is whole.
 
-    model.onnx    the whole graph: images uint8 (N, H, W, 3) → probabilities (N, C) and embedding (N, D)
-    front.onnx    its first half, a picture at a time: images → pixels float32 (N, 3, S, S)
-    back.onnx     its second half, a batch at a time: pixels → probabilities and embedding
-    bundle.json   format version, labels, signature, preprocessing, lineage, the digest of every other file and its own
-    golden/       a few encoded pictures and, in golden.json, what this bundle answered for them when it was written
+    model.onnx      the whole graph: images uint8 (N, H, W, 3) → probabilities (N, C) and embedding (N, D)
+    front.onnx      its first half, a picture at a time: images → pixels float32 (N, 3, S, S)
+    back.onnx       its second half, a batch at a time: pixels → probabilities and embedding
+    back.int8.onnx  what answers instead of back.onnx, where the bundle answers in int8
+    bundle.json     format version, labels, signature, preprocessing, precision, lineage, digests of all files, its own
+    golden/         a few encoded pictures, and what this bundle answered for them (deploy/golden.py)
+    bundle.sig      where somebody signed it (deploy/signing.py)
 
-Nothing in it is unpickled and nothing in it tells the time: the same model makes the same bytes. Written by
-export_onnx, copied into the registry by a promotion, read by everything that answers.
+A graph's metadata_props say what matters of bundle.json, so that a lone file tells what it is. Nothing is unpickled,
+and no session opens a graph before all of the bundle was found whole and the graphs to need nothing besides. Nothing
+tells the time: the same model makes the same bytes, in every clone; the git commit, params and metrics of a version are
+in the registry. Written by export_onnx, copied into the registry by a promotion, read by everything that answers.
 """
 
-import io
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from deploy.errors import BundleError, ImageError
+from deploy.errors import BundleError
 from deploy.files import sha256_bytes, sha256_file, sync_directory, write_bytes, write_json
-from deploy.images import decode_image
-from deploy.predictor import Predictor
+from deploy.golden import GOLDEN, GOLDEN_DIR, check_golden, write_golden
+from deploy.onnx_file import read_onnx_facts
 from deploy.runtime import open_session
 
-FORMAT_VERSION = 1
-READABLE_VERSIONS = (1,)
+FORMAT_VERSION = 2
 
 MODEL, FRONT, BACK, INDEX = "model.onnx", "front.onnx", "back.onnx", "bundle.json"
+SIGNATURE = "bundle.sig"
+BACK_INT8 = "back.int8.onnx"
 GRAPHS = (MODEL, FRONT, BACK)
-GOLDEN_DIR = "golden"
-GOLDEN = f"{GOLDEN_DIR}/golden.json"
+BACKS = {"fp32": BACK, "int8": BACK_INT8}  # what answers, by precision
 
-# A golden answer may differ by rounding between processors (AVX2, AVX-512, ARM), not by more.
-MAX_GOLDEN_PROBABILITY_DIFFERENCE = 1e-3
-MAX_GOLDEN_EMBEDDING_DIFFERENCE = 1e-3  # of the largest absolute value in the embedding
+MAX_GRAPH_BYTES = 2**31 - 1  # what a protobuf, so an ONNX file, can hold
+MAX_INDEX_BYTES = 64 * 2**20
 
 EXPECTED_PORTS = {
     MODEL: (("images",), ("probabilities", "embedding")),
     FRONT: (("images",), ("pixels",)),
     BACK: (("pixels",), ("probabilities", "embedding")),
+    BACK_INT8: (("pixels",), ("probabilities", "embedding")),
 }
 MAKE_AGAIN = "Make the bundle again: dvc repro export_onnx."
 
@@ -79,18 +79,22 @@ class Bundle:
 
     Args:
         directory: Its folder.
+        format_version: In which it was written.
         labels: Class names in the order of the probabilities.
         signature: Inputs, outputs and seam of the graphs, each with name, dtype and shape (text for a free dimension).
         preprocessing: Numbers and words of what the graph does to a picture.
-        lineage: Where the model comes from.
+        precision: Of the half that answers: ``fp32`` or ``int8``.
+        lineage: Where the model comes from, as far as its bytes tell.
         digests: sha256 of each file, by its name in the folder.
         digest: sha256 over all the above, so over every file: the identity of the bundle.
     """
 
     directory: Path
+    format_version: int
     labels: tuple[str, ...]
     signature: Mapping[str, Any]
     preprocessing: Mapping[str, Any]
+    precision: str
     lineage: Mapping[str, Any]
     digests: Mapping[str, str]
     digest: str
@@ -105,7 +109,8 @@ class Bundle:
 
     @property
     def back_path(self) -> Path:
-        return self.directory / BACK
+        """The second half, in the precision that answers."""
+        return self.directory / BACKS[self.precision]
 
     @property
     def size_bytes(self) -> int:
@@ -114,7 +119,14 @@ class Bundle:
 
 
 def write_bundle(
-    directory: Path, *, model: bytes, front: bytes, back: bytes, facts: BundleFacts, golden: Sequence[bytes]
+    directory: Path,
+    *,
+    model: bytes,
+    front: bytes,
+    back: bytes,
+    facts: BundleFacts,
+    golden: Sequence[bytes],
+    int8: bytes | None = None,
 ) -> Bundle:
     """Writes a bundle, runs its golden pictures, and puts it in place of what the folder held.
 
@@ -125,6 +137,7 @@ def write_bundle(
         back: Its half after the seam.
         facts: Labels, preprocessing and lineage.
         golden: Encoded pictures (a file's bytes each) whose answers are kept for checks.
+        int8: The half after the seam in int8, where it is to answer; the others stay beside it.
 
     Raises:
         BundleError: If the graphs do not have the signature of a bundle or do not fit the labels.
@@ -132,37 +145,54 @@ def write_bundle(
     """
     if not golden:
         raise BundleError("a bundle needs at least one golden picture to be checked by.")
-    graphs = {MODEL: model, FRONT: front, BACK: back}
+    graphs = {MODEL: model, FRONT: front, BACK: back} | ({} if int8 is None else {BACK_INT8: int8})
+    precision = "fp32" if int8 is None else "int8"
     signature = _signature(graphs, facts.labels)
     with _replaced_directory(directory) as folder:
         for name, data in graphs.items():
             write_bytes(folder / name, data)
-        pictures = _write_pictures(folder / GOLDEN_DIR, golden)
-        draft = _as_bundle(folder, _index(facts, signature, digests={}))
-        write_json(folder / GOLDEN, _golden_answers(draft, pictures))
+        draft = _index(facts, signature, precision, digests={})
+        write_golden(_as_bundle(folder, draft), golden)
         digests = {name: sha256_file(folder / name) for name in sorted(_content(folder))}
-        write_json(folder / INDEX, _index(facts, signature, digests))
+        write_json(folder / INDEX, _index(facts, signature, precision, digests))
     bundle = read_bundle(directory)
     logger.info("bundle %s: %d classes, %d golden images", bundle.digest[:12], len(bundle.labels), len(golden))
     return bundle
 
 
+def graph_metadata(facts: BundleFacts) -> dict[str, str]:
+    """What each graph of a bundle says of itself in its ``metadata_props``, so that a lone file tells what it is.
+
+    Returns:
+        JSON texts by name.
+    """
+    told = {
+        "bundle_format_version": FORMAT_VERSION,
+        "labels": list(facts.labels),
+        "preprocessing": _preprocessing_words(facts),
+        **facts.lineage,
+    }
+    return {name: json.dumps(value, sort_keys=True, ensure_ascii=False) for name, value in told.items()}
+
+
 def read_bundle(directory: Path) -> Bundle:
-    """Reads a bundle and checks it: format version, every digest, no file missing or smuggled in, labels that fit.
+    """Reads a bundle of any format version and checks it, without loading a graph.
+
+    Every digest, no file missing or smuggled in, labels that fit the outputs, graphs that need nothing but themselves.
 
     Raises:
         BundleError: Naming all that is wrong.
     """
     index = _read_index(directory)
-    version = index.get("format_version")
-    if version not in READABLE_VERSIONS:
-        raise BundleError(
-            f"{directory} is a bundle of format version {version!r}; this tanuki reads {_listed(READABLE_VERSIONS)}. "
-            "Use the tanuki that wrote it, or train again."
+    try:
+        mistakes = [*_file_mistakes(directory, index["digests"]), *_label_mistakes(index)]
+        graphs = [name for name in index["digests"] if name.endswith(".onnx")]
+        mistakes = mistakes or _graph_mistakes(
+            ((name, (directory / name).read_bytes()) for name in graphs), index["labels"]
         )
-    if index.get("digest") != _own_digest(index):
-        raise BundleError(f"{directory / INDEX} was edited: its content no longer has its digest. {MAKE_AGAIN}")
-    if mistakes := [*_file_mistakes(directory, index["digests"]), *_label_mistakes(index)]:
+    except (OSError, RuntimeError) as error:  # RuntimeError: pathlib's, of a link that points to itself
+        raise BundleError(f"{directory} cannot be read: {error}.") from error
+    if mistakes:
         raise BundleError(f"{directory} is not the bundle that was written: {'; '.join(mistakes)}. {MAKE_AGAIN}")
     return _as_bundle(directory, index)
 
@@ -174,27 +204,20 @@ def verify_bundle(directory: Path) -> Bundle:
         BundleError: If it is not whole, or answers otherwise than when it was written.
     """
     bundle = read_bundle(directory)
-    expected = json.loads((directory / GOLDEN).read_text(encoding="utf-8"))
-    pictures = [(each["file"], (directory / GOLDEN_DIR / each["file"]).read_bytes()) for each in expected]
-    actual = _golden_answers(bundle, pictures)
-    wrong = [
-        difference for old, new in zip(expected, actual, strict=True) if (difference := _golden_difference(old, new))
-    ]
-    if wrong:
-        raise BundleError(
-            f"{directory} does not answer as it did when it was written: {'; '.join(wrong)}. "
-            "The processor or the version of onnxruntime computes something else; do not serve it here. " + MAKE_AGAIN
-        )
+    check_golden(bundle)
     return bundle
 
 
 def bundle_files(bundle: Bundle) -> list[str]:
     """The files that make up a bundle, as names in its folder; what a copy must hold."""
-    return [INDEX, *bundle.digests]
+    signature = [SIGNATURE] if (bundle.directory / SIGNATURE).is_file() else []
+    return [INDEX, *bundle.digests, *signature]
 
 
 def _signature(graphs: Mapping[str, bytes], labels: tuple[str, ...]) -> dict[str, Any]:
     """Inputs, outputs and seam of the graphs, checked against what a bundle promises."""
+    if mistakes := _graph_mistakes(graphs.items(), labels):
+        raise BundleError(f"these graphs make no bundle: {'; '.join(mistakes)}.")
     ports = {name: _ports(name, data) for name, data in graphs.items()}
     (images,), (probabilities, embedding) = ports[MODEL]
     (pixels,) = ports[FRONT][1]
@@ -205,6 +228,8 @@ def _signature(graphs: Mapping[str, bytes], labels: tuple[str, ...]) -> dict[str
         mistakes.append(f"probabilities has shape {probabilities['shape']} for {len(labels)} labels")
     if ports[BACK][0][0]["dtype"] != pixels["dtype"] or ports[BACK][0][0]["shape"][1:] != pixels["shape"][1:]:
         mistakes.append(f"the halves do not fit: pixels leaves as {pixels} and enters as {ports[BACK][0][0]}")
+    if ports.get(BACK_INT8, ports[BACK]) != ports[BACK]:
+        mistakes.append(f"the half in int8 maps {ports[BACK_INT8]}, the other one {ports[BACK]}")
     if len(set(labels)) != len(labels):
         mistakes.append("two labels are the same")
     if mistakes:
@@ -229,7 +254,9 @@ def _dtype(onnx_type: str) -> str:
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 
-def _index(facts: BundleFacts, signature: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+def _index(
+    facts: BundleFacts, signature: Mapping[str, Any], precision: str, digests: Mapping[str, str]
+) -> dict[str, Any]:
     """The content of bundle.json."""
     index = {
         "format_version": FORMAT_VERSION,
@@ -240,16 +267,21 @@ def _index(facts: BundleFacts, signature: Mapping[str, Any], digests: Mapping[st
             "crop_fraction": facts.crop_fraction,
             "mean": list(facts.mean),
             "std": list(facts.std),
-            "words": (
-                "The picture, decoded to RGB and turned upright by its EXIF orientation, enters as uint8. The graph "
-                f"keeps the central square of {100 * facts.crop_fraction:.4g} % of the short side, resizes it to "
-                f"{facts.size_px} px (linear, antialiased), divides by 255, subtracts mean and divides by std."
-            ),
+            "words": _preprocessing_words(facts),
         },
+        "precision": precision,
         "lineage": dict(facts.lineage),
         "digests": dict(digests),
     }
     return {**index, "digest": _own_digest(index)}
+
+
+def _preprocessing_words(facts: BundleFacts) -> str:
+    return (
+        "The picture, decoded to RGB and turned upright by its EXIF orientation, enters as uint8. The graph "
+        f"keeps the central square of {100 * facts.crop_fraction:.4g} % of the short side, resizes it to "
+        f"{facts.size_px} px (linear, antialiased), divides by 255, subtracts mean and divides by std."
+    )
 
 
 def _own_digest(index: Mapping[str, Any]) -> str:
@@ -261,80 +293,104 @@ def _own_digest(index: Mapping[str, Any]) -> str:
 def _as_bundle(directory: Path, index: Mapping[str, Any]) -> Bundle:
     return Bundle(
         directory=directory,
+        format_version=index["format_version"],
         labels=tuple(index["labels"]),
         signature=index["signature"],
         preprocessing=index["preprocessing"],
+        precision=index["precision"],
         lineage=index["lineage"],
         digests=index["digests"],
         digest=index["digest"],
     )
 
 
-def _write_pictures(folder: Path, golden: Sequence[bytes]) -> list[tuple[str, bytes]]:
-    """Writes the golden pictures; gives name and bytes of each."""
-    pictures = [(f"image-{number:02d}.{_extension(data)}", data) for number, data in enumerate(golden)]
-    for name, data in pictures:
-        write_bytes(folder / name, data)
-    return pictures
-
-
-def _extension(data: bytes) -> str:
-    """The picture's format as a file extension."""
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return (picture.format or "image").lower()
-    except (OSError, ValueError) as error:
-        raise ImageError(f"a golden picture ({len(data)} bytes) is no picture: {error}") from error
-
-
-def _golden_answers(bundle: Bundle, pictures: Sequence[tuple[str, bytes]]) -> list[dict[str, Any]]:
-    """What the bundle answers for its golden pictures."""
-    images = [decode_image(data) for _, data in pictures]
-    with Predictor(bundle) as predictor:
-        answers = predictor.predict(images)
-    if not (np.isfinite(answers.probabilities).all() and np.isfinite(answers.embeddings).all()):
-        raise BundleError(f"{bundle.directory}: the graph answers a golden picture with NaN or infinity.")
-    return [
-        {"file": name, "probabilities": row.tolist(), "embedding": vector.tolist()}
-        for (name, _), row, vector in zip(pictures, answers.probabilities, answers.embeddings, strict=True)
-    ]
-
-
-def _golden_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """How an answer differs from the golden one, or None where only rounding does."""
-    expected, actual = (np.asarray(each["probabilities"]) for each in (old, new))
-    if (apart := float(np.abs(expected - actual).max())) > MAX_GOLDEN_PROBABILITY_DIFFERENCE:
-        return f"{old['file']} is off by {apart:.3g} in its probabilities"
-    expected, actual = (np.asarray(each["embedding"]) for each in (old, new))
-    scale = max(float(np.abs(expected).max()), 1e-6)
-    if (apart := float(np.abs(expected - actual).max()) / scale) > MAX_GOLDEN_EMBEDDING_DIFFERENCE:
-        return f"{old['file']} is off by {apart:.3g} of the largest value in its embedding"
-    return None
-
-
 def _read_index(directory: Path) -> dict[str, Any]:
-    """The content of bundle.json."""
+    """The content of bundle.json, whatever its format version, as one of today's.
+
+    Raises:
+        BundleError: If it is missing, edited, of an unknown format version or without what every bundle says.
+    """
     path = directory / INDEX
     try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise BundleError(f"{path} is larger than {MAX_INDEX_BYTES} bytes: no tanuki wrote it. {MAKE_AGAIN}")
         index = json.loads(path.read_bytes())
+        digest = _own_digest(index) if isinstance(index, dict) else None
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleError(f"{directory} is no bundle: it has no {INDEX}. {MAKE_AGAIN}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is no JSON: {error}. {MAKE_AGAIN}") from error
-    if not isinstance(index, dict):
+    if digest is None:
         raise BundleError(f"{path} is no JSON object. {MAKE_AGAIN}")
+    version = index.get("format_version")
+    if not isinstance(version, int) or version not in READERS:
+        raise BundleError(
+            f"{directory} is a bundle of format version {version!r}; this tanuki reads {_listed(READERS)}. "
+            "Use the tanuki that wrote it, or train again."
+        )
+    if index.get("digest") != digest:
+        raise BundleError(f"{path} was edited: its content no longer has its digest. {MAKE_AGAIN}")
+    index = READERS[version](index)
+    if mistakes := _index_mistakes(index):
+        raise BundleError(f"{path} does not say what a bundle says: {'; '.join(mistakes)}. {MAKE_AGAIN}")
     return index
 
 
+def _from_version_1(index: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 had one precision and did not name it; its graphs' metadata_props said less."""
+    return {**index, "precision": "fp32"}
+
+
+def _from_version_2(index: dict[str, Any]) -> dict[str, Any]:
+    return index
+
+
+# bundle.json of every format version there ever was, as one of today's; each has its test in tests/deploy.
+READERS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1, 2: _from_version_2}
+
+
+def _index_mistakes(index: Mapping[str, Any]) -> list[str]:
+    """What bundle.json lacks or garbles."""
+    kinds = {
+        "labels": list,
+        "signature": dict,
+        "preprocessing": dict,
+        "precision": str,
+        "lineage": dict,
+        "digests": dict,
+    }
+    if mistakes := [
+        f"{key} is no {kind.__name__}" for key, kind in kinds.items() if not isinstance(index.get(key), kind)
+    ]:
+        return mistakes
+    if not all(isinstance(label, str) for label in index["labels"]):
+        mistakes.append("a label is no text")
+    if not all(name.isprintable() and isinstance(digest, str) for name, digest in index["digests"].items()):
+        mistakes.append("digests are not names and digests")
+    if index["precision"] not in BACKS:
+        mistakes.append(f"precision is {index['precision']!r}, not {_listed(BACKS)}")
+    needed = (*GRAPHS, GOLDEN, BACKS.get(index["precision"], BACK))
+    mistakes += [f"digests do not name {name}" for name in dict.fromkeys(needed) if name not in index["digests"]]
+    try:
+        probabilities, embedding = index["signature"]["outputs"]
+        if not all(isinstance(port["shape"][1], int) for port in (probabilities, embedding)):
+            mistakes.append("the outputs have no width")
+    except (KeyError, TypeError, ValueError, IndexError):
+        mistakes.append("the signature has not two outputs")
+    return mistakes
+
+
 def _file_mistakes(directory: Path, digests: Mapping[str, str]) -> list[str]:
-    """Files that are missing, changed, or there without being named."""
-    mistakes = [f"{name} is not named in {INDEX}" for name in (*GRAPHS, GOLDEN) if name not in digests]
+    """Files that are missing, gigantic, changed, or there without being named."""
+    mistakes = []
     for name, digest in sorted(digests.items()):
         path = directory / name
         if not path.resolve().is_relative_to(directory.resolve()):
             mistakes.append(f"{name} points outside the bundle")
         elif not path.is_file():
             mistakes.append(f"{name} is missing")
+        elif (size := path.stat().st_size) > MAX_GRAPH_BYTES:
+            mistakes.append(f"{name} is gigantic: {size} bytes, where an ONNX file ends at {MAX_GRAPH_BYTES}")
         elif sha256_file(path) != digest:
             mistakes.append(f"{name} was changed")
     return mistakes + [f"{name} does not belong to it" for name in sorted(_content(directory) - set(digests))]
@@ -352,6 +408,25 @@ def _label_mistakes(index: Mapping[str, Any]) -> list[str]:
     if probabilities["shape"][1] != len(labels):
         return [f"{len(labels)} labels for {probabilities['shape'][1]} probabilities"]
     return [] if len(set(labels)) == len(labels) else ["two labels are the same"]
+
+
+def _graph_mistakes(graphs: Iterable[tuple[str, bytes]], labels: Sequence[str]) -> list[str]:
+    """Graphs that need more than themselves, or tell of another model."""
+    mistakes = []
+    for name, data in graphs:
+        try:
+            facts = read_onnx_facts(data)
+            told = json.loads(facts.metadata.get("labels", "null"))
+        except (BundleError, ValueError, RecursionError) as error:
+            mistakes.append(f"{name}: {error}")
+            continue
+        if facts.external:
+            mistakes.append(f"{name} keeps {len(facts.external)} tensors in other files, {_listed(facts.external[:3])}")
+        if facts.foreign:
+            mistakes.append(f"{name} uses operators outside the ONNX standard, {_listed(facts.foreign[:3])}")
+        if told is not None and told != list(labels):
+            mistakes.append(f"{name} tells of other labels in its metadata")
+    return mistakes
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 TanukiError                 printed as one paragraph, exit code 1
 ├── ImageError              a file that is no picture we can read
 ├── BundleError             a bundle that is broken, foreign or of another format version
+├── KeyFileError            a key for signatures that is missing, of another kind or in the way
 ├── RegistryError           a registry that is missing, damaged or asked for what it has not got
 └── (tasks.errors)          ParamsError, DataError, BackboneError, StoreError, ExportError, TrainingError
 """
@@ -18,6 +19,10 @@ class ImageError(TanukiError):
 
 class BundleError(TanukiError):
     """A bundle that is incomplete, altered or of an unknown format."""
+
+
+class KeyFileError(TanukiError):
+    """A key file that cannot be used or written."""
 
 
 class RegistryError(TanukiError):

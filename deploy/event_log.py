@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from deploy.errors import RegistryError
 from deploy.files import sync_directory
 
-Kind = Literal["registered", "promoted", "forced", "rolled_back", "refused", "undecided"]
+Kind = Literal["registered", "promoted", "forced", "rolled_back", "refused", "undecided", "removed"]
 KINDS: tuple[str, ...] = get_args(Kind)
 MOVES = ("promoted", "forced", "rolled_back")  # the events after which their version is the champion
 

@@ -1,4 +1,7 @@
-"""How long one picture waits for its answer. Wall time: never part of a file that must be the same twice."""
+"""How long one picture waits for its answer, and how many are answered a second.
+
+Wall time: never part of a file that must be the same twice.
+"""
 
 import time
 from collections.abc import Sequence
@@ -45,3 +48,19 @@ def measure_latency(predictors: Sequence[Predictor], pictures: Sequence[bytes], 
                 times_s[index, run] = time.perf_counter() - start
     p50, p95 = np.quantile(times_s, (0.5, 0.95), axis=1)
     return [Latency(float(p50[index]), float(p95[index]), runs) for index in range(len(predictors))]
+
+
+def measure_throughput(predictor: Predictor, pictures: Sequence[bytes], *, rounds: int) -> float:
+    """Pictures a second from encoded bytes to answers, all threads at work: the median of some rounds.
+
+    Args:
+        predictor: Answers.
+        pictures: Encoded, at least one; a round takes them all.
+        rounds: After one to warm up.
+    """
+    times_s = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        predictor.predict_bytes([("", picture) for picture in pictures])
+        times_s.append(time.perf_counter() - start)
+    return len(pictures) / float(np.median(times_s[1:]))

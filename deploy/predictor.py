@@ -82,10 +82,11 @@ class Predictor:
         self.labels = bundle.labels
         self._front = open_session(bundle.front_path)
         self._back = open_session(bundle.back_path)
-        widths = {port.name: port.shape[1] for port in self._back.get_outputs()}
-        if widths.get("probabilities") != len(self.labels):
+        widths = {port.name: port.shape[-1] for port in self._back.get_outputs() if port.shape}
+        if widths.get("probabilities") != len(self.labels) or not isinstance(widths.get("embedding"), int):
             raise BundleError(
-                f"{bundle.back_path} gives {widths} values, but the bundle has {len(self.labels)} labels."
+                f"{bundle.back_path} gives {widths} values, where the bundle has {len(self.labels)} labels and an "
+                "embedding."
             )
         self._embedding_width: int = widths["embedding"]
         self._threads = threads or available_cores()

@@ -6,8 +6,8 @@
 
 A promotion appends to the log, then replaces the pointer by one rename. Whoever changes something holds a lock and
 says which champion was expected, so of two promotions at once the second fails. A kill between any two steps leaves a
-registry that reads as before or as after; the next change sweeps up what was left. Promotion and rollback by flows,
-reading by the command line and the server.
+registry that reads as before or as after; the next change sweeps up what was left. The order of the log is the truth,
+its times are what the clock said. Promotion and rollback by flows, reading by the command line and the server.
 """
 
 import dataclasses
@@ -19,9 +19,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from deploy.event_log import MOVES, Event, Kind, append_event, read_events
 from deploy.files import sha256_file, sync_directory, write_json
 
 LINEAGE, CARD = "lineage.json", "model_card.md"
-INCOMING = ".incoming-"
+INCOMING, OUTGOING = ".incoming-", ".outgoing-"
 LOCK_TIMEOUT_S = 30.0
 
 logger = logging.getLogger(__name__)
@@ -111,9 +112,27 @@ class Registry:
         Raises:
             RegistryError: If pointer and log contradict each other, or the version is gone.
         """
+        current = self.champion_id()
+        if current is None:
+            return None
+        directory = self._versions_dir / str(current)
+        if not directory.is_dir():
+            raise RegistryError(
+                f"version {current} is the champion, but {directory} is gone. Restore it from a backup, go back with "
+                "`tanuki rollback --reason WHY`, or choose one with `tanuki promote ID --reason WHY`; `tanuki "
+                "versions` lists what is left."
+            )
+        return self.version(current)
+
+    def champion_id(self) -> int | None:
+        """The number of the version in production, or None, even where that version is gone.
+
+        Raises:
+            RegistryError: If pointer and log contradict each other.
+        """
         current = _champion(self.events())
         self._check_pointer()
-        return None if current is None else self.version(current)
+        return current
 
     def require_champion(self) -> Version:
         """The version in production.
@@ -169,9 +188,22 @@ class Registry:
             "events": [dataclasses.asdict(event) for event in events],
         }
 
-    def was_live_at(self, when: datetime) -> int | None:
-        """The version that was the champion at a time, or None."""
-        return _champion([event for event in self.events() if datetime.fromisoformat(event.time) <= when])
+    def live_at(self, when: datetime) -> Event | None:
+        """What had made the champion of a time champion, or None where there was none yet.
+
+        Where the clock went back, the later line of the log holds.
+        """
+        moves = [event for event in self.events() if event.kind in MOVES]
+        return next((event for event in reversed(moves) if datetime.fromisoformat(event.time) <= when), None)
+
+    def clock_went_back(self) -> list[tuple[Event, Event]]:
+        """Neighbours in the log of which the second has the earlier time."""
+        events = self.events()
+        return [
+            (one, other)
+            for one, other in pairwise(events)
+            if datetime.fromisoformat(other.time) < datetime.fromisoformat(one.time)
+        ]
 
     def previous_champion(self) -> int | None:
         """Where a rollback would go to, or None."""
@@ -197,10 +229,12 @@ class Registry:
         """
         with self._changing():
             digest = read_bundle(bundle_dir).digest
-            for version in self.versions():
-                if version.digest == digest:
-                    logger.info("bundle %s is version %d already", digest[:12], version.id)
-                    return version
+            for known in self._ids():
+                with suppress(RegistryError):  # a damaged version is no reason to take no new one
+                    version = self.version(known)
+                    if version.digest == digest:
+                        logger.info("bundle %s is version %d already", digest[:12], version.id)
+                        return version
             id_ = 1 + max([*self._ids(), *(event.version for event in self.events())], default=0)
             self._copy_in(id_, bundle_dir, lineage, card)
             self._record_registration(id_, "a new bundle")
@@ -276,6 +310,33 @@ class Registry:
             self._point()
             return self.version(target)
 
+    def sweepable(self, *, keep_last: int) -> list[int]:
+        """The versions that `sweep` would remove: never live, and not among the last.
+
+        Args:
+            keep_last: How many of the youngest versions stay whatever was said of them.
+        """
+        live = {event.version for event in self.events() if event.kind in MOVES}
+        ids = self._ids()
+        return [id_ for id_ in ids[: max(0, len(ids) - keep_last)] if id_ not in live]
+
+    def sweep(self, *, keep_last: int) -> list[int]:
+        """Removes the versions that were never live, but for the last ones; their history stays in the log.
+
+        Args:
+            keep_last: How many of the youngest versions stay whatever was said of them.
+
+        Returns:
+            Which were removed.
+        """
+        with self._changing():
+            removed = self.sweepable(keep_last=keep_last)
+            for id_ in removed:
+                reason = f"never live and not among the last {keep_last}"
+                self._append("removed", id_, reason, champion=_champion(self.events()))
+                self._discard(id_)
+            return removed
+
     def repair(self) -> None:
         """Sweeps up what a kill left: temporary folders, a version without its event, a pointer behind the log."""
         with self._changing():
@@ -285,17 +346,37 @@ class Registry:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        self._versions_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(self.root / ".lock"):
-            self._check_pointer()
-            for leftover in self._versions_dir.glob(f"{INCOMING}*"):
+        try:
+            self._versions_dir.mkdir(parents=True, exist_ok=True)
+            with _locked(self.root / ".lock"):
+                self._clean_up()
+                yield
+        except OSError as error:
+            raise RegistryError(
+                f"the registry {self.root} cannot be changed: {error}. Whoever reads it finds it whole. Make room, or "
+                "give this account the right to write there, and run the command again."
+            ) from error
+
+    def _clean_up(self) -> None:
+        """Finishes what a kill cut short."""
+        self._check_pointer()
+        for pattern in (f"{INCOMING}*", f"{OUTGOING}*"):
+            for leftover in self._versions_dir.glob(pattern):
                 shutil.rmtree(leftover)
-            registered = {event.version for event in self.events() if event.kind == "registered"}
-            for id_ in self._ids():
-                if id_ not in registered:
-                    self._record_registration(id_, "a new bundle; its registration was interrupted")
-            self._point()
-            yield
+        last = {event.version: event.kind for event in self.events()}
+        for id_ in self._ids():
+            if id_ not in last:
+                self._record_registration(id_, "a new bundle; its registration was interrupted")
+            elif last[id_] == "removed":
+                self._discard(id_)
+        self._point()
+
+    def _discard(self, id_: int) -> None:
+        """Takes a version out of sight by one rename, then off the disk."""
+        outgoing = self._versions_dir / f"{OUTGOING}{id_}"
+        (self._versions_dir / str(id_)).rename(outgoing)
+        sync_directory(self._versions_dir)
+        shutil.rmtree(outgoing)
 
     def _copy_in(self, id_: int, bundle_dir: Path, lineage: Mapping[str, Any], card: Path | None) -> None:
         """Copies a bundle beside the versions, runs it there, and renames it into place."""
@@ -336,9 +417,12 @@ class Registry:
         decision: Mapping[str, Any] | None = None,
         files: Mapping[str, str] | None = None,
     ) -> None:
+        events, now = self.events(), self._clock()
+        if events and now < datetime.fromisoformat(events[-1].time):
+            logger.warning("the clock went back: it is %s, and the last event was at %s", now, events[-1].time)
         event = Event(
-            sequence=len(self.events()) + 1,
-            time=self._clock().isoformat(),
+            sequence=len(events) + 1,
+            time=now.isoformat(),
             kind=kind,
             version=id_,
             champion=champion,
@@ -355,11 +439,12 @@ class Registry:
         current = _champion(events)
         if current is None:
             return
-        value = {
-            "version": current,
-            "digest": self.version(current).digest,
-            "sequence": next(event.sequence for event in reversed(events) if event.kind in MOVES),
-        }
+        try:
+            digest = self.version(current).digest
+        except RegistryError:
+            return  # gone or damaged: whoever reads is told so, and no way out of it may be barred
+        sequence = next(event.sequence for event in reversed(events) if event.kind in MOVES)
+        value = {"version": current, "digest": digest, "sequence": sequence}
         if self._read_pointer() != value:
             write_json(self._pointer, value)
             sync_directory(self.root)

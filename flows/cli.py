@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,13 @@ INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the registry's history.")]
+Publish = Annotated[
+    bool,
+    typer.Option("--publish", envvar="TANUKI_PUBLISH", help="Publish the champion then, like `tanuki publish`."),
+]
+BundleOrVersion = Annotated[
+    str, typer.Argument(metavar="BUNDLE|VERSION", help="A bundle's folder, or a version's number.")
+]
 VersionId = Annotated[int, typer.Argument(help="A number from `tanuki versions`.", min=1)]
 
 
@@ -181,6 +189,7 @@ def retrain(
     context: typer.Context,
     promote: Annotated[bool, typer.Option(help="Let a model that passes the gate become champion.")] = True,
     sample: Annotated[bool, typer.Option("--sample", help="Lay out the sample set if data/raw is empty.")] = False,
+    publish: Publish = False,
     as_json: Json = False,
 ) -> None:
     """Run every stage that something changed for, put the model before the gate, promote it if it is better."""
@@ -192,6 +201,8 @@ def retrain(
         from flows.workspace import stale_stages
 
         if not stale_stages(layout):
+            if publish:
+                _publish(layout)
             summary = reports.summarise(layout, stages=(), verdict=None)
             _print_json(summary.as_dict()) if as_json else out.print(summary.text())
             return
@@ -200,7 +211,9 @@ def retrain(
     from flows.server import prefect_server
 
     with prefect_server(layout):
-        done = retrain_flow(layout.root, promote=promote)
+        done = retrain_flow(layout.root, promote=promote, publish=publish)
+    if done.published is not None:
+        asides.print(escape(done.published.text()))
     summary = reports.summarise(layout, stages=done.stages, verdict=done.verdict)
     _print_json(summary.as_dict()) if as_json else out.print(summary.text())
 
@@ -255,11 +268,26 @@ def serve(context: typer.Context) -> None:
 
 
 @app.command()
-def versions(context: typer.Context, as_json: Json = False) -> None:
+def versions(
+    context: typer.Context,
+    at: Annotated[
+        str | None, typer.Option(help="Tell who was champion at a time (ISO 8601; UTC where it names no zone) instead.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the registry's versions, what the gate said of each, and which is champion."""
-    from flows.reports import version_rows
+    from flows.reports import live_at, version_rows
 
-    rows = version_rows(find_workspace(context.obj))
+    layout = find_workspace(context.obj)
+    if at is not None:
+        try:
+            when = datetime.fromisoformat(at)
+        except ValueError as error:
+            raise typer.BadParameter(f"{at!r} is no time such as 2026-11-24T12:30.") from error
+        told = live_at(layout, when if when.tzinfo else when.replace(tzinfo=UTC))
+        _print_json(told) if as_json else _tell_live(told)
+        return
+    rows = version_rows(layout)
     if as_json:
         _print_json(rows)
         return
@@ -275,23 +303,33 @@ def versions(context: typer.Context, as_json: Json = False) -> None:
 
 
 @app.command()
-def promote(context: typer.Context, version: VersionId, reason: Reason) -> None:
+def promote(context: typer.Context, version: VersionId, reason: Reason, publish: Publish = False) -> None:
     """Make a version champion whatever the gate said of it; the reason goes into the history."""
     from flows.promotion import force
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "promote"):
         out.print(force(layout, version, reason=reason))
+    if publish:
+        _publish(layout)
 
 
 @app.command()
-def rollback(context: typer.Context, reason: Reason) -> None:
+def rollback(context: typer.Context, reason: Reason, publish: Publish = False) -> None:
     """Put the previous champion back, after checking that its bundle is whole."""
     from flows.promotion import roll_back
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "rollback"):
         out.print(roll_back(layout, reason=reason))
+    if publish:
+        _publish(layout)
+
+
+@app.command("publish")
+def publish_champion(context: typer.Context) -> None:
+    """Publish the champion: bytes to the DVC remote, then commit, tag (GTO's convention) and push in git."""
+    _publish(find_workspace(context.obj))
 
 
 @app.command()
@@ -300,6 +338,77 @@ def lineage(context: typer.Context, version: VersionId) -> None:
     from flows.reports import version_lineage
 
     _print_json(version_lineage(find_workspace(context.obj), version))
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    what: BundleOrVersion,
+    public_key: Annotated[
+        Path | None, typer.Option(help="Require a signature by this key.", envvar="TANUKI_PUBLIC_KEY")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every digest of a bundle, its graphs, labels and signature, and run its golden pictures."""
+    from deploy.golden import check_golden
+
+    bundle, signed_by = _bundle_to_check(context.obj, what), None
+    if public_key:
+        from deploy.signing import require_signature
+
+        signed_by = require_signature(bundle, public_key)
+    check = check_golden(bundle)
+    facts = {
+        "directory": str(bundle.directory),
+        "digest": bundle.digest,
+        "format_version": bundle.format_version,
+        "precision": bundle.precision,
+        "labels": list(bundle.labels),
+        "lineage": dict(bundle.lineage),
+        "digests": dict(bundle.digests),
+        "golden": asdict(check),
+        "signed_by": signed_by,
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    out.print(
+        f"{escape(str(bundle.directory))} is whole: bundle {bundle.digest[:12]} of format version "
+        f"{bundle.format_version}, {len(bundle.digests)} files, {len(bundle.labels)} classes.\n"
+        f"It answers its {check.num_pictures} golden pictures as it did when it was written: a probability differs by "
+        f"at most {check.max_probability_difference:.1e}."
+        + (f"\nIt was signed by the key {signed_by}." if signed_by else "")
+    )
+
+
+@app.command()
+def keygen(file: Annotated[Path, typer.Argument(help="The private key to write; the public one is FILE.pub.")]) -> None:
+    """Make a pair of keys to sign bundles with; the private one never leaves your hands."""
+    from deploy.signing import generate_keys, key_id
+
+    public_key = generate_keys(file)
+    out.print(f"Key {key_id(public_key)}: {escape(str(file))} signs, {escape(str(public_key))} verifies.")
+
+
+@app.command()
+def sign(
+    context: typer.Context,
+    what: BundleOrVersion,
+    key: Annotated[Path, typer.Option(help="The private key of `tanuki keygen`.", envvar="TANUKI_SIGNING_KEY")],
+) -> None:
+    """Sign a bundle that is whole, so that others can require it with the public key."""
+    from deploy.signing import sign_bundle
+
+    bundle = _bundle_to_check(context.obj, what)
+    folder = bundle.directory.resolve()
+    made_in = Layout(folder.parents[1])
+    if folder == made_in.bundle_dir and made_in.pipeline.is_file():
+        raise TanukiError(
+            f"{bundle.directory} is an output of DVC, which would make it again. Sign the version that a retrain "
+            "registered: `tanuki versions`, then `tanuki sign VERSION --key FILE`."
+        )
+    signed_by = sign_bundle(bundle, key)
+    out.print(f"{escape(str(bundle.directory))} is signed by the key {signed_by}.")
 
 
 @app.command()
@@ -317,6 +426,24 @@ def suspects(
         _print_json([asdict(suspect) for suspect in found])
     else:
         out.print(escape(suspects_text(layout, found, top=top)))
+
+
+@app.command("gc")
+def collect_garbage(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what it would free.")] = False,
+    forget: Annotated[
+        list[int] | None, typer.Option(help="A version whose features may go; may be given again.", min=1)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Drop the stored features that neither the current images nor a version of the registry needs."""
+    from flows.garbage import collect_garbage
+
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "gc"):
+        report = collect_garbage(layout, dry_run=dry_run, forget=forget or ())
+    _print_json(report.as_dict()) if as_json else out.print(escape(report.text()))
 
 
 @app.command()
@@ -422,6 +549,16 @@ def _bundle_to_ask(layout: Layout, version: int | None) -> "tuple[Bundle, int | 
     return registry.bundle(chosen.id), chosen.id
 
 
+def _bundle_to_check(root: Path, what: str) -> "Bundle":
+    """The bundle of a version, or the one in a folder; a folder needs no workspace."""
+    from deploy.bundle import read_bundle
+    from deploy.registry import Registry
+
+    if what.isdecimal() and not Path(what).is_dir():
+        return Registry(find_workspace(root).registry_dir).bundle(int(what))
+    return read_bundle(Path(what))
+
+
 def _lay_out_sample(layout: Layout) -> None:
     from flows.sample import lay_out_sample
     from flows.shards import change_layout
@@ -430,6 +567,23 @@ def _lay_out_sample(layout: Layout) -> None:
     change_layout(layout)
     track_raw(layout)
     asides.print(f"{number} handwritten digits are in {os.path.relpath(layout.raw)}, tracked by DVC.")
+
+
+def _publish(layout: Layout) -> None:
+    from flows.publication import publish_champion
+
+    with exclusive(layout, "publish"):
+        asides.print(escape(publish_champion(layout).text()))
+
+
+def _tell_live(told: dict[str, Any]) -> None:
+    if told["version"] is None:
+        out.print(f"No version was champion at {told['at']}.")
+    else:
+        how = f"{told['how'].replace('_', ' ')} {told['since']}: {told['reason']}"
+        out.print(escape(f"Version {told['version']} was champion at {told['at']} ({how})"))
+    for warning in told["warnings"]:
+        out.print(f"warning: {warning}")
 
 
 def _tell_changed(report: "AddReport | CorrectionReport | IngestReport") -> None:

@@ -8,7 +8,6 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -25,6 +24,7 @@ from flows.sources import NUM_NAMED, SHAPES, Folder, LabelTable, Source, copy_fi
 from tasks.data.image_files import SPLIT_FOLDERS, ImageFile, Listing
 from tasks.data.image_store import ImageStore, open_images
 from tasks.errors import DataError
+from tasks.parallel import ordered_map
 from tasks.progress import progress
 
 PART_PREFIX = ".tanuki-add-"
@@ -259,22 +259,19 @@ def _labels_by_content(store: ImageStore, present: Listing, sizes: set[int | Non
     """By sha256, the labels that raw has these bytes under, each with a path; files of other sizes are not read."""
     alike = [image for image in present.images if None in sizes or store.size_bytes(image.path) in sizes]
     found: dict[str, dict[str, str]] = {}
-    with ThreadPoolExecutor(available_cores()) as pool:
-        digests = pool.map(lambda image: sha256_bytes(store.file(image.path).read_bytes()), alike)
-        for image, sha256 in zip(alike, progress(digests, total=len(alike), what="what is there"), strict=True):
-            found.setdefault(sha256, {}).setdefault(image.label, image.path)
+    digests = ordered_map(
+        lambda image: sha256_bytes(store.file(image.path).read_bytes()), alike, workers=available_cores()
+    )
+    for image, sha256 in zip(alike, progress(digests, total=len(alike), what="what is there"), strict=True):
+        found.setdefault(sha256, {}).setdefault(image.label, image.path)
     return found
 
 
 def _check_all(source: Source, images: tuple[ImageFile, ...], known: frozenset[str]) -> list[_Checked]:
     """Reads and decodes every image, on all cores; the copy that should stay of several comes first."""
     ordered = sorted(images, key=source.position)
-    with ThreadPoolExecutor(1 if source.in_order else available_cores()) as pool:
-        try:
-            results = pool.map(partial(_check, source, known), ordered)
-            checked = list(progress(results, total=len(ordered), what="checking"))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    results = ordered_map(partial(_check, source, known), ordered, workers=1 if source.in_order else available_cores())
+    checked = list(progress(results, total=len(ordered), what="checking"))
     return sorted(checked, key=lambda each: (SPLIT_RANK[each.image.split], each.image.path))
 
 

@@ -4,14 +4,16 @@ The challenger's answers are those that `evaluate` measured on this very bundle;
 images now, through the same predictor. Numbers in, decision out: tasks/gate.py. What happened: deploy/registry.py.
 """
 
+import csv
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from deploy.bundle import Bundle, read_bundle
 from deploy.errors import BundleError
@@ -19,11 +21,13 @@ from deploy.latency import measure_latency
 from deploy.predictor import Predictor
 from deploy.registry import Registry, Version
 from flows import workspace
+from flows.decision_page import write_decision
 from flows.graph import read_stages
-from tasks.data.image_store import open_images
+from tasks.data.image_store import ImageStore, open_images
+from tasks.evaluation.robustness import CLEAN, robust_answers
 from tasks.gate import Decision, Scores, decide
 from tasks.layout import Layout
-from tasks.params import load_params
+from tasks.params import Params, load_params
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +64,16 @@ class TestImages:
         truth: Their labels.
         probabilities: The challenger's, of shape (N, C).
         digest: Of images and labels: the identity of the test set.
+        corrupted: The M of them that were also shown corrupted, relative to data/raw.
+        survived: Share of the corruptions under which the challenger is right on each of these, (M,).
     """
 
     paths: tuple[str, ...]
     truth: tuple[str, ...]
     probabilities: np.ndarray
     digest: str
+    corrupted: tuple[str, ...]
+    survived: np.ndarray
 
 
 def judge(layout: Layout, *, promote: bool) -> Verdict:
@@ -89,7 +97,7 @@ def judge(layout: Layout, *, promote: bool) -> Verdict:
     if promote and not _was_judged(registry, version, champion, test.digest):
         _record(registry, version, compared_with, decision, test.digest)
     now = registry.champion()
-    return Verdict(
+    verdict = Verdict(
         version=version.id,
         compared_with=compared_with,
         champion=None if now is None else now.id,
@@ -98,6 +106,8 @@ def judge(layout: Layout, *, promote: bool) -> Verdict:
         warnings=decision.warnings,
         numbers=decision.numbers,
     )
+    write_decision(layout, verdict, decision, test_digest=test.digest)
+    return verdict
 
 
 def is_judged(layout: Layout, *, promote: bool) -> bool:
@@ -119,19 +129,19 @@ def is_judged(layout: Layout, *, promote: bool) -> bool:
 def force(layout: Layout, version: int, *, reason: str) -> str:
     """Makes a version champion whatever the gate said of it."""
     registry = Registry(layout.registry_dir)
-    before = registry.champion()
-    if before is not None and before.id == version:
-        return f"Version {version} is champion already."
-    registry.promote(version, reason=reason, expected=None if before is None else before.id, forced=True)
-    return f"Version {version} is champion now" + ("." if before is None else f", in place of version {before.id}.")
+    before = registry.champion_id()
+    if before == version:
+        return f"Version {registry.version(version).id} is champion already."
+    registry.promote(version, reason=reason, expected=before, forced=True)
+    return f"Version {version} is champion now" + ("." if before is None else f", in place of version {before}.")
 
 
 def roll_back(layout: Layout, *, reason: str) -> str:
     """Makes the previous champion the champion again."""
     registry = Registry(layout.registry_dir)
-    before = registry.champion()
+    before = registry.champion_id()
     now = registry.rollback(reason)
-    return f"Version {now.id} is champion again" + ("." if before is None else f", in place of version {before.id}.")
+    return f"Version {now.id} is champion again, in place of version {before}."
 
 
 def lineage(layout: Layout) -> dict[str, Any]:
@@ -153,11 +163,18 @@ def read_test_images(layout: Layout) -> TestImages:
     """What `evaluate` measured, image by image."""
     table = pq.read_table(layout.predictions)
     columns = {name: table.column(name).to_pylist() for name in ("path", "label", "probabilities")}
+    with layout.robustness.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["corruption"] != CLEAN]
+    right: dict[str, list[bool]] = {row["path"]: [] for row in rows}
+    for row in rows:
+        right[row["path"]].append(row["predicted"] == row["label"])
     return TestImages(
         paths=tuple(columns["path"]),
         truth=tuple(columns["label"]),
         probabilities=np.asarray(columns["probabilities"], dtype=np.float32),
         digest=json.loads(layout.report("evaluate").read_text(encoding="utf-8"))["test_digest"],
+        corrupted=tuple(right),
+        survived=np.array([np.mean(each) for each in right.values()]),
     )
 
 
@@ -168,7 +185,7 @@ def _decide(
     challenger_bundle = registry.bundle(version.id)
     champion_bundle = None if champion is None else registry.bundle(champion.id)
     challenger, before = _scores(layout, challenger_bundle, champion_bundle, test)
-    return decide(
+    decision = decide(
         challenger,
         before,
         truth=test.truth,
@@ -176,6 +193,23 @@ def _decide(
         num_uses=registry.gate_uses(test.digest),
         **{name: getattr(params.gate, name) for name in type(params.gate).model_fields},
     )
+    told = {} if champion is None else registry.registered_lineage(champion.id)
+    return replace(decision, warnings=(*decision.warnings, *_changes_since(told, params, test.digest)))
+
+
+def _changes_since(told: Mapping[str, Any], params: Params, test_digest: str) -> Iterator[str]:
+    """What makes today's comparison another one than the champion's own evaluation, from its lineage."""
+    before = told.get("metrics", {}).get("evaluate", {}).get("test_digest", test_digest)
+    if before != test_digest:
+        yield "the test images are not those that the champion was first measured on; both answered today's"
+    now = json.loads(params.model_dump_json())
+    then = told.get("params", {})
+    rules = {name: (then[name], now[name]) for name in ("seed", "index_images") if name in then}
+    if changed := [name for name, (one, other) in rules.items() if one != other]:
+        yield (
+            f"{' and '.join(changed)} of params.yaml changed since the champion was trained, and with them the splits: "
+            "it may have learnt some of today's test images, which flatters it. Add fresh test images."
+        )
 
 
 def _scores(
@@ -184,6 +218,7 @@ def _scores(
     """Both models' answers on the test images, and their latencies measured in turns."""
     images = open_images(layout.raw)
     pictures = [images.file(path).read_bytes() for path in test.paths[:8]]
+    survived = before_survived = None
     with Predictor(challenger) as now:
         if champion is None:
             (latency,) = measure_latency([now], pictures, runs=20)
@@ -191,11 +226,24 @@ def _scores(
         with Predictor(champion) as before:
             logger.info("the champion answers today's %d test images", len(test.paths))
             answers = before.score_files([images.file(path) for path in test.paths])
+            if test.corrupted:
+                survived, before_survived = test.survived, _survived(before, images, test)
             latencies = measure_latency([now, before], pictures, runs=20)
     return (
-        Scores(challenger.labels, test.probabilities, latencies[0].p50_s, challenger.size_bytes),
-        Scores(champion.labels, answers.probabilities, latencies[1].p50_s, champion.size_bytes),
+        Scores(challenger.labels, test.probabilities, latencies[0].p50_s, challenger.size_bytes, survived),
+        Scores(champion.labels, answers.probabilities, latencies[1].p50_s, champion.size_bytes, before_survived),
     )
+
+
+def _survived(predictor: Predictor, images: ImageStore, test: TestImages) -> NDArray[np.float64]:
+    """Share of the corruptions under which each corrupted test image is answered right, (M,)."""
+    answers = robust_answers(predictor, (images.file(path).read_bytes() for path in test.corrupted))
+    truth = dict(zip(test.paths, test.truth, strict=True))
+    labels = np.array([truth[path] for path in test.corrupted])
+    names = np.array(predictor.labels)
+    right = [names[columns] == labels for name, columns in answers.items() if name != CLEAN]
+    survived: NDArray[np.float64] = np.mean(right, axis=0)
+    return survived
 
 
 def _was_judged(registry: Registry, version: Version, champion: Version | None, test_digest: str) -> bool:

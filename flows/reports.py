@@ -4,20 +4,15 @@ import json
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from deploy.registry import Registry, Version
+from flows.decision_page import OUTCOMES
 from flows.promotion import Verdict, read_reports
 from flows.workspace import StageRun, data_version, holder, stale_stages
 from tasks.layout import Layout
 
-OUTCOMES = {
-    "first": "promoted: the first model",
-    "promote": "promoted",
-    "refuse": "refused",
-    "undecided": "undecided, so not promoted",
-    "champion": "nothing to decide",
-}
 WIDTH = 100
 
 
@@ -107,6 +102,7 @@ class Summary:
             *lines,
             f"ONNX parity  largest difference {export['max_probability_difference']:.1e} in a probability, "
             f"{export['top1_agreement']:.0%} the same label",
+            *_int8_lines(export.get("int8")),
         ]
 
 
@@ -173,18 +169,37 @@ def standing(layout: Layout) -> Standing:
 def version_rows(layout: Layout) -> list[dict[str, Any]]:
     """One row a version, oldest first: what it is, how good it was, and what was last said of it."""
     registry = Registry(layout.registry_dir)
-    champion = registry.champion()
+    champion = registry.champion_id()
     said = {event.version: event for event in registry.events()}
     return [
         {
             **(_version_facts(version) or {}),
-            "champion": champion is not None and champion.id == version.id,
+            "champion": champion == version.id,
             "accuracy": _accuracy(registry, version),
             "decision": said[version.id].kind,
             "reason": said[version.id].reason,
         }
         for version in registry.versions()
     ]
+
+
+def live_at(layout: Layout, when: datetime) -> dict[str, Any]:
+    """Which version was in production at a time, since when and why; and whether the clock can be believed there."""
+    registry = Registry(layout.registry_dir)
+    move = registry.live_at(when)
+    doubtful = [
+        f"the clock went back from {one.time} to {other.time}, so times between these are uncertain"
+        for one, other in registry.clock_went_back()
+        if datetime.fromisoformat(other.time) <= when <= datetime.fromisoformat(one.time)
+    ]
+    return {
+        "at": when.isoformat(),
+        "version": None if move is None else move.version,
+        "since": None if move is None else move.time,
+        "how": None if move is None else move.kind,
+        "reason": None if move is None else move.reason,
+        "warnings": doubtful,
+    }
 
 
 def version_lineage(layout: Layout, version: int) -> dict[str, Any]:
@@ -226,6 +241,13 @@ def _version_facts(version: Version | None) -> dict[str, Any] | None:
         "registered": _minute(version),
         "directory": str(version.directory),
     }
+
+
+def _int8_lines(told: dict[str, Any] | None) -> list[str]:
+    """What became of an int8 variant, where one was asked for."""
+    if told is None:
+        return []
+    return [_wrapped("             ", f"int8 {'answers' if told['chosen'] else 'is not taken'}: {told['reason']}")]
 
 
 def _why_not_finetuned(reports: dict[str, Any]) -> str:
@@ -270,7 +292,10 @@ def _next_commands(verdict: Verdict | None) -> Iterable[str]:
         ]
     if verdict is not None and verdict.champion != verdict.version:
         lines.append(f"             tanuki promote {verdict.version} --reason WHY       overrule the gate")
-    return [*lines, "Look at      data/reports/evaluation/            model card, confusion, worst mistakes"]
+    return [
+        *lines,
+        "Look at      data/reports/evaluation/index.html  worst mistakes, confusion, classes, slices; works offline",
+    ]
 
 
 def _wrapped(indent: str, text: str) -> str:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from deploy.files import write_json
+from tasks.data.feature_store import Part
 from tasks.errors import NetworkError, TanukiError
 from tasks.layout import Layout
 from tasks.params import Params, load_params
@@ -43,11 +44,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks", description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=(*STAGES, *RECIPES))
     parser.add_argument("--root", type=Path, default=Path(), help="the workspace (default: here)")
+    parser.add_argument(
+        "--part", type=_part, metavar="I/N", help="cache_features only: the I-th of N shares of the images"
+    )
     arguments = parser.parse_args()
+    if arguments.part and arguments.stage != "cache_features":
+        parser.error("--part is for cache_features")
     _configure_logging()
     layout = Layout(arguments.root.resolve())
     try:
-        run_stage(arguments.stage, layout, load_params(layout.params))
+        params = load_params(layout.params)
+        if arguments.part:
+            run_part(layout, arguments.part, params)
+        else:
+            run_stage(arguments.stage, layout, params)
     except TanukiError as error:
         print(f"{arguments.stage}: {error}", file=sys.stderr)
         return TEMPORARY_FAILURE if isinstance(error, NetworkError) else 1
@@ -58,6 +68,21 @@ def main() -> int:
         print(f"{arguments.stage}: interrupted; run it again to go on.", file=sys.stderr)
         return 130
     return 0
+
+
+def run_part(layout: Layout, part: Part, params: Params) -> None:
+    """Runs cache_features on a part of the images; the report comes with the stage itself, which finds them stored."""
+    from tasks import cache_features
+
+    cache_features.run_part(layout, part, features=params.features, augment=params.augment)
+
+
+def _part(text: str) -> Part:
+    """``2/4`` as a record."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 2/4, from 1/4 to 4/4")
+    return Part(int(index), int(count))
 
 
 def _configure_logging() -> None:

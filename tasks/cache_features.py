@@ -3,36 +3,37 @@
 What is stored already is not computed again: adding 1 % of images costs 1 %, relabelling or renaming costs nothing.
 A few stored rows are computed again in each run; if they differ, the cache is stale and its space is refilled.
 Images of the val and test splits are only seen as they will be served (view centre).
-onnxruntime and the decoders release the GIL, so plain threads use all cores. No torch.
+The engines and the decoders release the GIL, so plain threads use all cores: while one picture is decoded, another is
+resized and others are in the trunk. No torch, except on a GPU.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from deploy.errors import ImageError
-from deploy.files import Readable, sha256_bytes
+from deploy.files import Readable, sha256_bytes, sha256_file
 from deploy.images import decode_image
 from deploy.machine import available_cores
 from deploy.runtime import open_session
-from tasks.data.feature_store import FeatureStore, Key, not_storable, writing
-from tasks.data.features import ENGINE, feature_space
+from tasks.data.feature_store import FeatureStore, Key, Part, Space, adding, not_storable, writing
+from tasks.data.features import feature_space, read_engine, write_engine
 from tasks.data.image_store import ImageStore, open_images
 from tasks.data.manifest import read_manifest
 from tasks.data.views import CENTRE, apply_view, is_crop, training_views
-from tasks.errors import DataError, StoreError
+from tasks.errors import BackboneError, DataError, StoreError
 from tasks.export.preprocessing import preprocessing_graph
 from tasks.models.backbone_card import read_card
+from tasks.models.engines import TrunkEngine, open_engine
+from tasks.parallel import ordered_map
 from tasks.progress import progress
 
 if TYPE_CHECKING:
@@ -41,17 +42,13 @@ if TYPE_CHECKING:
 
     from tasks.layout import Layout
     from tasks.models.backbone_card import BackboneCard
+    from tasks.models.engines import EngineName
     from tasks.params import AugmentParams, FeaturesParams
 
 COMMIT_ROWS = 512  # a kill loses at most these
-RECHECK_TOLERANCE = (
-    5e-3  # relative L2; float16 storage costs 2e-4, another CPU's kernels 1e-5, a wrong resize 1e-2 and more
-)
 NAMED = 20  # how many images an error names
 
 logger = logging.getLogger(__name__)
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,7 @@ class CacheFeaturesReport:
     stale: int
     feature_dim: int
     engine: str
+    engine_reason: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Extractor:
 
     preprocess: ort.InferenceSession
     preprocess_crop: ort.InferenceSession
-    trunk: ort.InferenceSession
+    engine: TrunkEngine
     feature_dim: int
     min_area_fraction: float
     hflip: bool
@@ -114,7 +112,7 @@ class Extractor:
             pixels += [self._pixels(image, view, work.sha256) for view in work.views]
         if not pixels:
             return Extracted([], np.empty((0, self.feature_dim), np.float32), unusable, [])
-        (features,) = self.trunk.run(["embedding"], {"pixels": np.concatenate(pixels)})  # (n, D)
+        features = self.engine.forward(np.concatenate(pixels))  # (n, D)
         bad = set(not_storable(features))
         paths = {work.sha256: work.path for work in batch}
         good = [row for row in range(len(keys)) if row not in bad]
@@ -133,13 +131,70 @@ class Extractor:
         return pixels  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class Job:
+    """What there is to extract, and what by."""
+
+    wanted: list[Work]
+    views: tuple[str, ...]
+    space: Space
+    extractor: Extractor
+
+
 def run(layout: Layout, *, features: FeaturesParams, augment: AugmentParams) -> CacheFeaturesReport:
     """Fills data/features with what is missing for data/manifest/accepted.parquet.
 
     Raises:
+        BackboneError: If the backbone is missing, or not the one that its card speaks of.
         DataError: If images are missing, changed or do not decode; all are named, and the others are stored.
+        ParamsError: If the engine that is asked for cannot run here.
         StoreError: If features are not finite in float16, or another process writes the store.
     """
+    job = _job(layout, features, augment)
+    _refuse_missing(job.wanted)
+    with writing(layout.features_dir, job.space) as store:
+        rechecked = _recheck_choice(store, job.wanted, features.recheck)
+        stale = _recheck(store, rechecked, job.extractor)
+        missing = _missing(store, job.wanted)
+        extracted = _extract(store, missing, job.extractor, features.batch_size)
+        write_engine(layout.features_dir, job.space.engine)
+    num_features = sum(len(work.views) for work in job.wanted)
+    logger.info("%d features: %d extracted, %d reused", num_features, extracted, num_features - extracted)
+    return CacheFeaturesReport(
+        num_images=len(job.wanted),
+        num_features=num_features,
+        views=job.views,
+        extracted=extracted,
+        reused=num_features - extracted,
+        rechecked=len(rechecked),
+        stale=stale,
+        feature_dim=job.space.feature_dim,
+        engine=job.space.engine,
+        engine_reason=job.extractor.engine.reason,
+    )
+
+
+def run_part(layout: Layout, part: Part, *, features: FeaturesParams, augment: AugmentParams) -> int:
+    """Extracts what is missing of one part of the images; other processes may extract theirs, and `run` finds it all.
+
+    Returns:
+        How many features were extracted.
+
+    Raises:
+        BackboneError, DataError, ParamsError, StoreError: As `run`, of this part's images.
+    """
+    job = _job(layout, features, augment)
+    mine = [work for work in job.wanted if work.sha256 in part]
+    _refuse_missing(mine)
+    with adding(layout.features_dir, job.space, part) as store:
+        extracted = _extract(store, _missing(store, mine), job.extractor, features.batch_size)
+    logger.info("part %d of %d: %d images, %d features extracted", part.index, part.count, len(mine), extracted)
+    return extracted
+
+
+def _job(layout: Layout, features: FeaturesParams, augment: AugmentParams) -> Job:
+    """Reads what there is to do and opens the backbone."""
+    read_engine(layout.features_dir)  # a store of another format is left alone
     card = read_card(layout.backbone_card)
     images = read_manifest(layout.accepted)
     views = training_views(
@@ -149,26 +204,9 @@ def run(layout: Layout, *, features: FeaturesParams, augment: AugmentParams) -> 
         hflip=augment.hflip,
     )
     wanted = _wanted(images, open_images(layout.raw), views)
-    _refuse_missing(wanted)
-    extractor = _open_extractor(layout, card, augment)
-    with writing(layout.features_dir, feature_space(card)) as store:
-        rechecked = _recheck_choice(store, wanted, features.recheck)
-        stale = _recheck(store, rechecked, extractor)
-        missing = _missing(store, wanted)
-        extracted = _extract(store, missing, extractor, features.batch_size)
-    num_features = sum(len(work.views) for work in wanted)
-    logger.info("%d features: %d extracted, %d reused", num_features, extracted, num_features - extracted)
-    return CacheFeaturesReport(
-        num_images=len(wanted),
-        num_features=num_features,
-        views=views,
-        extracted=extracted,
-        reused=num_features - extracted,
-        rechecked=len(rechecked),
-        stale=stale,
-        feature_dim=card.feature_dim,
-        engine=ENGINE,
-    )
+    extractor = _open_extractor(layout, card, features.engine, augment)
+    logger.info("the trunk runs on %s: %s", extractor.engine.name, extractor.engine.reason)
+    return Job(wanted, views, feature_space(card, extractor.engine.name), extractor)
 
 
 def _wanted(images: pd.DataFrame, store: ImageStore, views: tuple[str, ...]) -> list[Work]:
@@ -190,13 +228,26 @@ def _refuse_missing(wanted: Sequence[Work]) -> None:
         )
 
 
-def _open_extractor(layout: Layout, card: BackboneCard, augment: AugmentParams) -> Extractor:
+def _open_extractor(
+    layout: Layout, card: BackboneCard, engine: EngineName | Literal["auto"], augment: AugmentParams
+) -> Extractor:
+    """The backbone of the card.
+
+    Raises:
+        BackboneError: If a file is not the one that the card speaks of: its features would get another's key.
+    """
+    files = ((layout.preprocess_onnx, card.preprocessing_sha256), (layout.trunk_onnx, card.trunk_sha256))
+    if wrong := [path for path, sha256 in files if sha256_file(path) != sha256]:
+        raise BackboneError(
+            f"{', '.join(map(str, wrong))}: not what {layout.backbone_card.name} speaks of. "
+            "Run `dvc repro fetch_backbone`, or `dvc checkout`."
+        )
     opset = max(entry.version for entry in onnx.load(layout.preprocess_onnx).opset_import)
     crop_graph = preprocessing_graph(size_px=card.size_px, crop_fraction=1.0, mean=card.mean, std=card.std, opset=opset)
     return Extractor(
         preprocess=open_session(layout.preprocess_onnx),
         preprocess_crop=open_session(crop_graph.SerializeToString()),
-        trunk=open_session(layout.trunk_onnx),
+        engine=open_engine(engine, trunk=layout.trunk_onnx, weights=layout.backbone_weights, card=card),
         feature_dim=card.feature_dim,
         min_area_fraction=augment.min_area_fraction,
         hflip=augment.hflip,
@@ -239,18 +290,25 @@ def _recheck(store: FeatureStore, chosen: list[Work], extractor: Extractor) -> i
     again = extractor(chosen)
     _raise_problems(again.unusable, again.overflowing)
     difference = np.linalg.norm(store.gather(again.keys) - again.features, axis=1)
-    allowed = RECHECK_TOLERANCE * np.linalg.norm(again.features, axis=1) + 1e-6
-    stale = int((difference > allowed).sum())
+    allowed = extractor.engine.tolerance * np.linalg.norm(again.features, axis=1) + 1e-6
+    paths = {work.sha256: work.path for work in chosen}
+    stale = [
+        f"{paths[key.image_sha256]} (view {key.view})"
+        for key, wrong in zip(again.keys, difference > allowed, strict=True)
+        if wrong
+    ]
     if stale:
         logger.warning(
-            "%s: %d of %d stored features are not what the backbone gives now: all %d are dropped and computed again",
+            "%s: %d of %d stored features are not what the backbone gives now, of %s: "
+            "all %d are dropped and computed again",
             store.directory,
-            stale,
+            len(stale),
             len(chosen),
+            _named(stale),
             len(store),
         )
         store.drop_all()
-    return stale
+    return len(stale)
 
 
 def _extract(store: FeatureStore, missing: list[Work], extractor: Extractor, batch_size: int) -> int:
@@ -261,7 +319,7 @@ def _extract(store: FeatureStore, missing: list[Work], extractor: Extractor, bat
     pending: list[Extracted] = []
     before = len(store)
     try:
-        for part in _ordered_map(extractor, batches, workers=available_cores()):
+        for part in ordered_map(extractor, batches, workers=available_cores()):
             unusable += part.unusable
             overflowing += part.overflowing
             pending.append(part)
@@ -290,18 +348,6 @@ def _batches(works: Iterable[Work], batch_size: int) -> Iterator[list[Work]]:
             batch = []
     if batch:
         yield batch
-
-
-def _ordered_map(call: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
-    """Results in the order of the items, from threads; never more than two items a thread are under way."""
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for item in items:
-            waiting.append(pool.submit(call, item))
-            if len(waiting) >= 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _raise_problems(unusable: Sequence[str], overflowing: Sequence[str]) -> None:

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from deploy.bundle import Bundle, read_bundle
 from deploy.files import Readable, atomic_path, sha256_bytes, sha256_file, write_json, write_text
 from deploy.images import decode_image
-from deploy.latency import measure_latency
+from deploy.latency import measure_latency, measure_throughput
+from deploy.machine import available_cores
 from deploy.predictor import Predictor
 from tasks.data.features import load_features
 from tasks.data.image_store import open_images
@@ -30,17 +31,29 @@ from tasks.errors import DataError, ImageError
 from tasks.evaluation.metrics import (
     Accuracy,
     ClassScore,
+    MacroIntervals,
     ReliabilityBin,
     accuracy_of,
     balanced_accuracy,
     class_scores,
     expected_calibration_error,
     macro_f1,
+    macro_intervals,
     negative_log_likelihood,
     reliability,
 )
-from tasks.evaluation.model_card import CardFacts, model_card
-from tasks.evaluation.plots import Mistake, draw_confusion, draw_mistakes, draw_reliability
+from tasks.evaluation.model_card import PURPOSE, CardFacts, identity, limits, model_card
+from tasks.evaluation.page import inline_png, render_page
+from tasks.evaluation.plots import (
+    Mistake,
+    draw_confusion,
+    draw_mistakes,
+    draw_reliability,
+    drawable_names,
+    thumbnail,
+)
+from tasks.evaluation.robustness import Robustness, robust_answers, robustness_of, robustness_subset
+from tasks.evaluation.slices import Slice, slices_by_number, slices_by_source
 from tasks.models.backbone_card import read_card
 from tasks.models.head import read_head
 from tasks.progress import progress
@@ -58,7 +71,9 @@ if TYPE_CHECKING:
     from tasks.params import EvaluateParams
 
 LATENCY_PICTURES = 8
+THROUGHPUT_PICTURES, THROUGHPUT_ROUNDS = 64, 3
 MISTAKES_SHOWN = 18
+CONFUSIONS_SHOWN = 10
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +85,14 @@ class EvaluateReport:
     Attributes:
         num_test: Test images.
         num_classes: Classes of the bundle.
-        confidence: Of the two-sided intervals (Wilson).
-        accuracy: Of the bundle, with accuracy_low and accuracy_high.
-        balanced_accuracy: Mean recall of the classes.
-        macro_f1: Mean F1 of the classes.
+        confidence: Of the two-sided intervals.
+        accuracy: Of the bundle, with accuracy_low and accuracy_high (Wilson).
+        balanced_accuracy: Mean recall of the classes, with its interval (bootstrap).
+        macro_f1: Mean F1 of the classes, with its interval (bootstrap).
         nll: Negative log-likelihood, nats an image.
         ece: Expected calibration error.
+        size_bytes: Of the whole graph.
+        robustness: On corrupted pictures; None where params.yaml asks for none.
         class_prototypes: The nearest class mean in the frozen features.
         linear_probe: The head on the frozen features.
         finetuned: The fine-tuned network, which is then the bundle; None where no stage was kept.
@@ -91,9 +108,15 @@ class EvaluateReport:
     accuracy_low: float
     accuracy_high: float
     balanced_accuracy: float
+    balanced_accuracy_low: float
+    balanced_accuracy_high: float
     macro_f1: float
+    macro_f1_low: float
+    macro_f1_high: float
     nll: float
     ece: float
+    size_bytes: int
+    robustness: Robustness | None
     class_prototypes: Accuracy
     linear_probe: Accuracy
     finetuned: Accuracy | None
@@ -113,6 +136,9 @@ class Measured:
         predicted: Column of the most probable class, (N,).
         classes: Scores of each class.
         bins: Answers by their confidence.
+        intervals: Of the means over the classes.
+        slices: Parts of the test images.
+        robustness: On corrupted pictures.
     """
 
     labels: tuple[str, ...]
@@ -121,9 +147,25 @@ class Measured:
     predicted: NDArray[np.int64]
     classes: list[ClassScore]
     bins: list[ReliabilityBin]
+    intervals: MacroIntervals
+    slices: list[Slice]
+    robustness: Robustness | None
+
+    @property
+    def wrong(self) -> NDArray[np.int64]:
+        """Rows of the mistakes, those of which the model was most sure first."""
+        rows = np.flatnonzero(self.predicted != self.truth)
+        return rows[np.argsort(-self.probabilities[rows, self.predicted[rows]], kind="stable")]
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How often each class (rows) was taken for each class (columns), (C, C)."""
+        counts = np.zeros((len(self.labels),) * 2, dtype=np.int64)
+        np.add.at(counts, (self.truth, self.predicted), 1)
+        return counts
 
 
-def run(layout: Layout, *, evaluate: EvaluateParams) -> EvaluateReport:
+def run(layout: Layout, *, seed: int, evaluate: EvaluateParams) -> EvaluateReport:
     """Measures data/bundle on the accepted test images; writes data/reports/evaluation/.
 
     Raises:
@@ -138,13 +180,17 @@ def run(layout: Layout, *, evaluate: EvaluateParams) -> EvaluateReport:
     store = open_images(layout.raw)
     paths = [store.file(path) for path in test["path"]]
     with Predictor(bundle) as predictor:
-        measured = _measure(bundle.labels, _answers(predictor, paths), truth, evaluate.calibration_bins)
+        probabilities = _answers(predictor, paths)
+        robustness = _robustness(layout, predictor, test, paths, size=evaluate.robustness_images, seed=seed)
         _write_latency(layout.evaluation_dir / "latency.json", predictor, paths, evaluate.latency_runs)
+    measured = _measure(bundle.labels, probabilities, truth, test, robustness, seed, evaluate)
     report = _report(layout, images, test, bundle, measured, evaluate.confidence)
     _write_predictions(layout.predictions, test, measured)
     _write_tables(layout.evaluation_dir, measured)
-    _draw(layout.evaluation_dir, paths, measured, report.ece)
-    write_text(layout.model_card, _card(layout, images, bundle, measured, report))
+    _draw(layout.evaluation_dir, paths, measured)
+    facts = _facts(layout, images, bundle, measured, report)
+    write_text(layout.model_card, model_card(facts))
+    write_text(layout.evaluation_page, _page(layout, test, paths, measured, report, facts))
     logger.info("accuracy %.1f %% on %d test images", 100 * report.accuracy, report.num_test)
     return report
 
@@ -180,17 +226,57 @@ def _answers(predictor: Predictor, paths: Sequence[Readable]) -> NDArray[np.floa
         ) from error
 
 
+def _robustness(
+    layout: Layout, predictor: Predictor, test: pd.DataFrame, paths: Sequence[Readable], *, size: int, seed: int
+) -> Robustness | None:
+    """Asks for a subset of the test images in every corruption; keeps the answers, which the gate compares."""
+    rows = robustness_subset(test["sha256"], size=size, seed=seed)
+    shown = progress((paths[row].read_bytes() for row in rows), total=len(rows), what="evaluate, corrupted")
+    answers = robust_answers(predictor, shown) if len(rows) else {}
+    labels, names = test["label"].to_numpy(dtype=np.str_), np.asarray(predictor.labels, dtype=np.str_)
+    told = [
+        (test["path"].iloc[row], corruption, labels[row], names[column])
+        for corruption, columns in answers.items()
+        for row, column in zip(rows, columns, strict=True)
+    ]
+    _write_csv(layout.robustness, ("path", "corruption", "label", "predicted"), told)
+    right = {name: names[columns] == labels[rows] for name, columns in answers.items()}
+    return robustness_of(right) if right else None
+
+
 def _measure(
-    labels: tuple[str, ...], probabilities: NDArray[np.float32], truth: NDArray[np.int64], num_bins: int
+    labels: tuple[str, ...],
+    probabilities: NDArray[np.float32],
+    truth: NDArray[np.int64],
+    test: pd.DataFrame,
+    robustness: Robustness | None,
+    seed: int,
+    params: EvaluateParams,
 ) -> Measured:
     predicted = probabilities.argmax(axis=1)
+    right = predicted == truth
+    sizes = {name: test[name].to_numpy(dtype=np.float64) for name in ("width", "height", "brightness")}
+    numbers = {
+        "brightness": sizes["brightness"],
+        "size": np.sqrt(sizes["width"] * sizes["height"]),
+        "aspect": sizes["width"] / sizes["height"],
+    }
+    confidence, min_images = params.confidence, params.min_slice_images
     return Measured(
         labels=labels,
         probabilities=probabilities,
         truth=truth,
         predicted=predicted,
         classes=class_scores(predicted, truth, len(labels)),
-        bins=reliability(probabilities, truth, num_bins),
+        bins=reliability(probabilities, truth, params.calibration_bins),
+        intervals=macro_intervals(predicted, truth, len(labels), confidence=confidence, draws=params.draws, seed=seed),
+        slices=[
+            *slices_by_number(numbers, right, confidence=confidence, min_images=min_images),
+            *slices_by_source(
+                list(test["path"]), list(test["label"]), right, confidence=confidence, min_images=min_images
+            ),
+        ],
+        robustness=robustness,
     )
 
 
@@ -212,8 +298,11 @@ def _report(
         **asdict(accuracy),
         balanced_accuracy=balanced_accuracy(measured.classes),
         macro_f1=macro_f1(measured.classes),
+        **asdict(measured.intervals),
         nll=negative_log_likelihood(measured.probabilities, measured.truth),
         ece=expected_calibration_error(measured.bins),
+        size_bytes=bundle.size_bytes,
+        robustness=measured.robustness,
         class_prototypes=prototypes,
         linear_probe=probe,
         finetuned=accuracy if kept else None,
@@ -231,7 +320,7 @@ def _baselines(
     train = images[images["split"] == "train"]
     train_features = load_features(layout.features_dir, card, list(train["sha256"]))
     features = load_features(layout.features_dir, card, list(test["sha256"]))
-    heads = class_prototypes(train_features, list(train["label"])), read_head(layout.head_dir)
+    heads = class_prototypes(train_features, list(train["label"]), calibrated=False), read_head(layout.head_dir)
     prototypes, probe = (
         accuracy_of(head.logits(features).argmax(axis=1) == _columns(test["label"], head.labels), confidence)
         for head in heads
@@ -251,10 +340,19 @@ def _finetuned(layout: Layout) -> tuple[list[str], str]:
 
 def _write_latency(path: Path, predictor: Predictor, paths: Sequence[Readable], runs: int) -> None:
     """Times the bundle on a few of the test images. The one file that is not the same twice."""
-    few = [paths[index] for index in np.linspace(0, len(paths) - 1, LATENCY_PICTURES).astype(int)]
-    (latency,) = measure_latency([predictor], [each.read_bytes() for each in few], runs=runs)
-    write_json(path, asdict(latency))
-    logger.info("one picture takes %.1f ms (p95 %.1f ms)", latency.p50_s * 1e3, latency.p95_s * 1e3)
+    few, more = (
+        [paths[row].read_bytes() for row in np.linspace(0, len(paths) - 1, number).astype(int)]
+        for number in (LATENCY_PICTURES, THROUGHPUT_PICTURES)
+    )
+    (latency,) = measure_latency([predictor], few, runs=runs)
+    images_per_s = measure_throughput(predictor, more, rounds=THROUGHPUT_ROUNDS)
+    write_json(path, {**asdict(latency), "images_per_s": images_per_s, "cores": available_cores()})
+    logger.info(
+        "one picture takes %.1f ms (p95 %.1f ms); %.0f pictures a second",
+        latency.p50_s * 1e3,
+        latency.p95_s * 1e3,
+        images_per_s,
+    )
 
 
 def _write_predictions(path: Path, test: pd.DataFrame, measured: Measured) -> None:
@@ -288,8 +386,11 @@ def _write_tables(directory: Path, measured: Measured) -> None:
     pairs = zip(names[measured.truth], names[measured.predicted], strict=True)
     _write_csv(directory / "confusion.csv", ("actual", "predicted"), pairs)
     _write_csv(directory / "reliability.csv", ("confidence", "accuracy", "count"), map(astuple, measured.bins))
-    rows = ((label, *astuple(score)) for label, score in zip(names, measured.classes, strict=True))
-    _write_csv(directory / "per_class.csv", ("label", "num_test", "precision", "recall", "f1"), rows)
+    rows = ((number, names[number - 1], *astuple(score)) for number, score in enumerate(measured.classes, start=1))
+    _write_csv(directory / "per_class.csv", ("number", "label", "num_test", "precision", "recall", "f1"), rows)
+    parts = ((each.kind, each.name, each.num_images, *astuple(each.accuracy)) for each in measured.slices)
+    header = ("kind", "name", "num_images", "accuracy", "accuracy_low", "accuracy_high")
+    _write_csv(directory / "slices.csv", header, parts)
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -300,35 +401,29 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
     write_text(path, text.getvalue())
 
 
-def _draw(directory: Path, paths: Sequence[Readable], measured: Measured, calibration_error: float) -> None:
-    counts = np.zeros((len(measured.labels),) * 2, dtype=np.int64)
-    np.add.at(counts, (measured.truth, measured.predicted), 1)
-    draw_confusion(directory / "confusion.png", counts, measured.labels)
-    draw_reliability(directory / "reliability.png", measured.bins, calibration_error)
-    draw_mistakes(directory / "worst_mistakes.png", _worst_mistakes(paths, measured))
-
-
-def _worst_mistakes(paths: Sequence[Readable], measured: Measured) -> list[Mistake]:
-    """The mistakes of which the model was most sure."""
-    wrong = np.flatnonzero(measured.predicted != measured.truth)
-    sureness = measured.probabilities[wrong, measured.predicted[wrong]]
-    worst = wrong[np.argsort(-sureness, kind="stable")][:MISTAKES_SHOWN]
-    return [
+def _draw(directory: Path, paths: Sequence[Readable], measured: Measured) -> None:
+    names = drawable_names(measured.labels)
+    draw_confusion(directory / "confusion.png", measured.counts, names)
+    draw_reliability(directory / "reliability.png", measured.bins, expected_calibration_error(measured.bins))
+    mistakes = [
         Mistake(
-            image=decode_image(paths[index].read_bytes()),
-            truth=measured.labels[measured.truth[index]],
-            predicted=measured.labels[measured.predicted[index]],
-            probability=float(measured.probabilities[index].max()),
+            image=decode_image(paths[row].read_bytes()),
+            truth=names[measured.truth[row]],
+            predicted=names[measured.predicted[row]],
+            probability=float(measured.probabilities[row].max()),
         )
-        for index in worst
+        for row in measured.wrong[:MISTAKES_SHOWN]
     ]
+    draw_mistakes(directory / "worst_mistakes.png", mistakes)
 
 
-def _card(layout: Layout, images: pd.DataFrame, bundle: Bundle, measured: Measured, report: EvaluateReport) -> str:
+def _facts(
+    layout: Layout, images: pd.DataFrame, bundle: Bundle, measured: Measured, report: EvaluateReport
+) -> CardFacts:
     card: BackboneCard = read_card(layout.backbone_card)
     kept, reason = _finetuned(layout)
     shipped = Accuracy(report.accuracy, report.accuracy_low, report.accuracy_high)
-    facts = CardFacts(
+    return CardFacts(
         labels=bundle.labels,
         bundle_digest=bundle.digest,
         data_sha256=sha256_file(layout.accepted),
@@ -347,8 +442,59 @@ def _card(layout: Layout, images: pd.DataFrame, bundle: Bundle, measured: Measur
         },
         balanced_accuracy=report.balanced_accuracy,
         macro_f1=report.macro_f1,
+        intervals=measured.intervals,
         nll=report.nll,
         ece=report.ece,
         classes=measured.classes,
+        slices=measured.slices,
+        robustness=measured.robustness,
     )
-    return model_card(facts)
+
+
+def _page(
+    layout: Layout,
+    test: pd.DataFrame,
+    paths: Sequence[Readable],
+    measured: Measured,
+    report: EvaluateReport,
+    facts: CardFacts,
+) -> str:
+    """All of it in one HTML file."""
+    pictures = {name: (layout.evaluation_dir / f"{name}.png").read_bytes() for name in ("confusion", "reliability")}
+    mistakes = [
+        {
+            "thumbnail": inline_png(thumbnail(decode_image(paths[row].read_bytes()))),
+            "truth": measured.labels[measured.truth[row]],
+            "predicted": measured.labels[measured.predicted[row]],
+            "probability": float(measured.probabilities[row].max()),
+            "path": test["path"].iloc[row],
+        }
+        for row in measured.wrong[:MISTAKES_SHOWN]
+    ]
+    classes = zip(range(1, len(measured.labels) + 1), measured.labels, measured.classes, strict=True)
+    return render_page(
+        "evaluation.html",
+        report=report,
+        pictures={name: inline_png(data) for name, data in pictures.items()},
+        mistakes=mistakes,
+        num_wrong=len(measured.wrong),
+        confusions=_confusions(measured),
+        classes=sorted(classes, key=lambda each: each[2].f1),
+        slices=measured.slices,
+        facts=identity(facts),
+        purpose=PURPOSE,
+        limits=limits(facts),
+    )
+
+
+def _confusions(measured: Measured) -> list[tuple[str, str, int]]:
+    """The commonest mistakes: true class, what it was taken for, how often."""
+    counts = measured.counts
+    np.fill_diagonal(counts, 0)
+    most = np.argsort(-counts, axis=None, kind="stable")[:CONFUSIONS_SHOWN]
+    pairs = zip(*np.unravel_index(most, counts.shape), strict=True)
+    return [
+        (measured.labels[row], measured.labels[column], int(counts[row, column]))
+        for row, column in pairs
+        if counts[row, column]
+    ]

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploy.bundle import BundleFacts, write_bundle
+from deploy.bundle import BundleFacts, graph_metadata, write_bundle
 from deploy.files import sha256_bytes, sha256_file
 from deploy.images import decode_image
+from deploy.predictor import BATCH_SIZE
 from deploy.runtime import open_session
 from tasks.data.image_store import ImageStore, open_images
 from tasks.data.manifest import read_manifest
@@ -53,12 +54,14 @@ class ExportReport:
         opset: Of the ONNX operators.
         exporter: Whose graph of the network verified: ``dynamo`` or ``legacy``.
         num_classes: Width of the probabilities.
-        num_parity_images: Pictures that were compared with what was trained.
+        num_parity_images: Pictures that were compared with what was trained, at batches of 1, 2 and 7.
+        num_parity_sizes: Sizes that they had.
         max_probability_difference: The largest seen.
         top1_agreement: Share of the comparisons with the same class.
         size_bytes: Of the whole graph.
         model_sha256: Of the whole graph.
         bundle_digest: Of the bundle.
+        int8: What became of an int8 variant; None where none was asked for.
     """
 
     path: str
@@ -67,11 +70,36 @@ class ExportReport:
     exporter: str
     num_classes: int
     num_parity_images: int
+    num_parity_sizes: int
     max_probability_difference: float
     top1_agreement: float
     size_bytes: int
     model_sha256: str
     bundle_digest: str
+    int8: Int8Report | None
+
+
+@dataclass(frozen=True)
+class Int8Report:
+    """What became of the int8 variant. How much faster it is, is logged: a time, so no part of a report.
+
+    Args:
+        chosen: Whether the bundle answers in int8.
+        reason: Why, or why not.
+        num_val: Validation images that it was compared on.
+        accuracy_fp32: Share that fp32 gets right; None where nothing was compared.
+        accuracy_int8: Share that int8 gets right.
+        agreement: Share with the same class.
+        calibration: sha256 of each training image that the ranges were taken from.
+    """
+
+    chosen: bool
+    reason: str
+    num_val: int
+    accuracy_fp32: float | None = None
+    accuracy_int8: float | None = None
+    agreement: float | None = None
+    calibration: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,17 +126,20 @@ def run(layout: Layout, *, export_onnx: ExportOnnxParams) -> ExportReport:
     kept = _kept(layout)
     trained = _finetuned(layout, card, kept, export_onnx.opset) if kept else _head_only(layout, card)
     whole = compose(read_graph(layout.preprocess_onnx), trained.network, trained.head.weight, trained.head.bias)
-    lineage = _lineage(layout, card, trained)
-    set_metadata(
-        whole, {name: json.dumps(value, ensure_ascii=False) for name, value in lineage.items()} | _labels(trained)
-    )
-    model, front, back = (to_bytes(each) for each in (whole, *cut_at_seam(whole)))
     images = read_manifest(layout.accepted)
-    parity = _checked_parity(layout, images, trained, (model, front, back), export_onnx)
+    lineage = _lineage(layout, card, trained, images)
     facts = BundleFacts(trained.head.labels, card.size_px, card.crop_fraction, card.mean, card.std, lineage)
+    graphs = (whole, *cut_at_seam(whole))
+    for graph in graphs:
+        set_metadata(graph, graph_metadata(facts))
+    model, front, back = map(to_bytes, graphs)
+    parity = _checked_parity(layout, images, trained, (model, front, back), export_onnx)
     store = open_images(layout.raw)
     golden = [_read_image(store, row) for row in _golden_rows(images, export_onnx.golden_images)]
-    bundle = write_bundle(layout.bundle_dir, model=model, front=front, back=back, facts=facts, golden=golden)
+    int8, int8_report = None, None
+    if export_onnx.int8 == "auto":
+        int8, int8_report = _int8(store, images, facts, front, graphs[2], export_onnx)
+    bundle = write_bundle(layout.bundle_dir, model=model, front=front, back=back, facts=facts, golden=golden, int8=int8)
     return ExportReport(
         path="finetuned" if kept else "head",
         kept=kept,
@@ -116,11 +147,13 @@ def run(layout: Layout, *, export_onnx: ExportOnnxParams) -> ExportReport:
         exporter=exporter_of(trained.network),
         num_classes=len(trained.head.labels),
         num_parity_images=parity.num_images,
+        num_parity_sizes=parity.num_sizes,
         max_probability_difference=float(f"{parity.max_probability_difference:.2g}"),
         top1_agreement=parity.top1_agreement,
         size_bytes=len(model),
         model_sha256=sha256_bytes(model),
         bundle_digest=bundle.digest,
+        int8=int8_report,
     )
 
 
@@ -173,13 +206,14 @@ def _finetuned(layout: Layout, card: BackboneCard, kept: tuple[str, ...], opset:
     return _Trained(kept, graph, head, reference, sha256_file(path))
 
 
-def _lineage(layout: Layout, card: BackboneCard, trained: _Trained) -> dict[str, Any]:
+def _lineage(layout: Layout, card: BackboneCard, trained: _Trained, images: pd.DataFrame) -> dict[str, Any]:
     """Where the model comes from; no times, no paths of a machine."""
     is_file = card.source.startswith("file:")
     return {
         "architecture": card.architecture,
         "backbone_source": f"file:{card.source.rsplit('/', 1)[-1].removeprefix('file:')}" if is_file else card.source,
         "backbone_sha256": card.weights_sha256,
+        "class_map_version": _class_map_version(images),
         "depths": card.depths,
         "exporter": exporter_of(trained.network),
         "kept_stages": list(trained.kept),
@@ -189,8 +223,10 @@ def _lineage(layout: Layout, card: BackboneCard, trained: _Trained) -> dict[str,
     }
 
 
-def _labels(trained: _Trained) -> dict[str, str]:
-    return {"labels": json.dumps(trained.head.labels, ensure_ascii=False)}
+def _class_map_version(images: pd.DataFrame) -> str:
+    """Identity of the classes' numbers: models of one version give a label the same number."""
+    numbered = images[["class_id", "label"]].drop_duplicates().sort_values("label")
+    return sha256_bytes(numbered.to_csv(index=False).encode())
 
 
 def _checked_parity(
@@ -223,6 +259,48 @@ def _checked_parity(
     return parity
 
 
+def _int8(
+    store: ImageStore,
+    images: pd.DataFrame,
+    facts: BundleFacts,
+    front: bytes,
+    back: onnx.ModelProto,
+    export_onnx: ExportOnnxParams,
+) -> tuple[bytes | None, Int8Report]:
+    """The half after the seam in int8, or None where fp32 stays, and why."""
+    val = images[(images["split"] == "val") & images["label"].isin(facts.labels)]
+    max_loss, min_speedup = export_onnx.int8_max_accuracy_loss, export_onnx.int8_min_speedup
+    if len(val) * max_loss < 1:
+        return None, Int8Report(False, f"{len(val)} validation images cannot show a loss of {max_loss}", len(val))
+    from tasks.export.quantisation import compare, quantised, speedup
+
+    session = open_session(front)
+
+    def pixels(row: dict[str, Any]) -> NDArray[np.float32]:
+        image = decode_image(_read_image(store, row))
+        found: NDArray[np.float32] = session.run(["pixels"], {"images": image[None]})[0]
+        return found
+
+    calibration = _by_class_in_turns(images[images["split"] == "train"], export_onnx.int8_calibration_images)
+    graph = quantised(back, map(pixels, calibration))
+    set_metadata(graph, graph_metadata(facts))
+    data = to_bytes(graph)
+    fp32, int8 = open_session(to_bytes(back)), open_session(data)
+    truth = np.array([facts.labels.index(label) for label in val["label"]], np.int64)
+    found = compare(fp32, int8, map(pixels, _records(val)), truth)
+    ratio = speedup(fp32, int8, np.concatenate([pixels(row) for row in calibration[:BATCH_SIZE]]))
+    logger.info("int8 on %d validation images: %s; %.2f times as fast", len(val), found, ratio)
+    why_not = []
+    if found.accuracy_fp32 - found.accuracy_int8 > max_loss:
+        why_not.append(f"it loses more than {max_loss} of accuracy (export_onnx.int8_max_accuracy_loss)")
+    if ratio < min_speedup:
+        why_not.append(f"it is not {min_speedup} times as fast on this processor (export_onnx.int8_min_speedup)")
+    reason = " and ".join(why_not) or f"it loses at most {max_loss} of accuracy and is {min_speedup} times as fast here"
+    digests = tuple(row["sha256"] for row in calibration)
+    report = Int8Report(not why_not, reason, len(val), **asdict(found), calibration=digests)
+    return None if why_not else data, report
+
+
 def _spread(images: pd.DataFrame, count: int) -> list[dict[str, Any]]:
     """Pictures for the comparison: test pictures before others, each size by turns, then by content hash."""
     ordered = images.assign(is_other=images["split"] != "test").sort_values(["is_other", "sha256"], kind="stable")
@@ -234,7 +312,11 @@ def _spread(images: pd.DataFrame, count: int) -> list[dict[str, Any]]:
 def _golden_rows(images: pd.DataFrame, count: int) -> list[dict[str, Any]]:
     """Test pictures (others where there are none) from every class by turns, small files first, then by hash."""
     test = images[images["split"] == "test"]
-    rows = test if len(test) else images
+    return _by_class_in_turns(test if len(test) else images, count)
+
+
+def _by_class_in_turns(rows: pd.DataFrame, count: int) -> list[dict[str, Any]]:
+    """Some pictures from every class by turns, small files first, then by hash: a draw fixed by content."""
     rows = rows.assign(is_large=rows["size_bytes"] > LARGE_PICTURE_BYTES).sort_values(
         ["is_large", "sha256"], kind="stable"
     )

@@ -3,7 +3,8 @@
 Reads the backbone, the probe and the accepted images; writes data/models/finetuned/: finetuned.json always, and the
 tuned network with its head only if a stage was kept. The method is in ``tasks.training.staged``, the rule in
 ``tasks.training.selection``. An interrupted run goes on from data/models/checkpoints/ and gives the same bytes as one
-that was not.
+that was not. torch is imported where a stage is tried, and nowhere else: where none is, the seconds of its import would
+be most of a retrain.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ import logging
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import torch
-from safetensors.torch import load_file, save
 
 from deploy.files import sha256_bytes, sha256_file, write_bytes, write_json
 from deploy.machine import available_cores
@@ -29,23 +29,11 @@ from tasks.data.manifest import read_manifest
 from tasks.data.views import CENTRE, view_names
 from tasks.errors import BackboneError
 from tasks.export.preprocessing import preprocessing_graph
-from tasks.models.architectures import Network, build_network
 from tasks.models.backbone_card import BackboneCard, read_card
-from tasks.models.depthwise import use_fast_depthwise
 from tasks.models.head import CARD_NAME, WEIGHTS_NAME, Head, read_head, write_head
-from tasks.training.augmented import PixelSource
-from tasks.training.checkpoint import CheckpointFile
-from tasks.training.schedule import REFERENCE_BATCH_SIZE, recipe_for
+from tasks.training.augmented import LabelledPixels, PixelSource
+from tasks.training.schedule import REFERENCE_BATCH_SIZE, TuningSettings, recipe_for
 from tasks.training.selection import accuracy, best_temperature, negative_log_likelihood
-from tasks.training.staged import (
-    FineTuned,
-    LabelledPixels,
-    StageRecord,
-    TuningSettings,
-    deterministic_torch,
-    fine_tune,
-    rounded,
-)
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -53,7 +41,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tasks.layout import Layout
+    from tasks.models.architectures import Network
     from tasks.params import AugmentParams, FinetuneParams
+    from tasks.training.staged import FineTuned, StageRecord
 
 NETWORK_NAME = "network.safetensors"
 FACTS_NAME = "finetuned.json"
@@ -120,6 +110,25 @@ def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: Finetune
         logger.info("no fine-tuning: %s", report.reason)
         _write(layout, report, None, head)
         return report
+    return _tuned(layout, report, card, head, known, seed=seed, augment=augment, finetune=finetune)
+
+
+def _tuned(
+    layout: Layout,
+    report: FinetuneReport,
+    card: BackboneCard,
+    head: Head,
+    known: pd.DataFrame,
+    *,
+    seed: int,
+    augment: AugmentParams,
+    finetune: FinetuneParams,
+) -> FinetuneReport:
+    """Tries the stages and writes what came of them."""
+    from tasks.training.checkpoint import CheckpointFile
+    from tasks.training.staged import deterministic_torch, fine_tune
+
+    train, val = known[known["split"] == "train"], known[known["split"] == "val"]
     checkpoints = CheckpointFile(
         layout.checkpoints_dir / CHECKPOINT_NAME, _run_digest(layout, known, seed, augment, finetune)
     )
@@ -166,7 +175,7 @@ def _run_digest(
         "weights": sha256_file(layout.backbone_weights),
         "head": [sha256_file(layout.head_dir / name) for name in (CARD_NAME, WEIGHTS_NAME)],
         "images": images[["path", "sha256", "label", "split"]].astype(str).to_numpy().tolist(),
-        "versions": [torch.__version__, np.__version__],
+        "versions": [version("torch"), np.__version__],
         "threads": available_cores(),
     }
     return sha256_bytes(json.dumps(facts, sort_keys=True).encode())
@@ -178,6 +187,11 @@ def _load_network(layout: Layout, card: BackboneCard) -> Network:
     Raises:
         BackboneError: If the weights are not those of the card, or do not fit.
     """
+    from safetensors.torch import load_file
+
+    from tasks.models.architectures import build_network
+    from tasks.models.depthwise import use_fast_depthwise
+
     if sha256_file(layout.backbone_weights) != card.weights_sha256:
         raise BackboneError(
             f"{layout.backbone_weights} is not what {layout.backbone_card.name} describes. "
@@ -244,6 +258,8 @@ def _settings(card: BackboneCard, seed: int, finetune: FinetuneParams) -> Tuning
 
 def _concluded(report: FinetuneReport, tuned: FineTuned, labels: NDArray[np.int64]) -> tuple[FinetuneReport, Head]:
     """The report of stages that ran, and the final head with its temperature folded in."""
+    from tasks.training.staged import rounded
+
     kept = tuple(record.name for record in tuned.records if record.kept)
     before = float(negative_log_likelihood(tuned.val_logits_before, labels).mean())
     facts: dict[str, Any] = {
@@ -273,6 +289,8 @@ def _write(layout: Layout, report: FinetuneReport, network: Network | None, head
     shutil.rmtree(layout.finetuned_dir, ignore_errors=True)
     facts = dataclasses.asdict(report)
     if network:
+        from safetensors.torch import save
+
         state = {name: tensor.contiguous() for name, tensor in network.trunk_state().items()}
         write_bytes(layout.finetuned_dir / NETWORK_NAME, save(state))
         write_head(layout.finetuned_dir, head, {"kept": list(report.kept), "temperature": report.temperature})

@@ -8,8 +8,11 @@ Both models answer the same test images and are compared image by image. A chall
    same images gains nothing and is refused: a tie never promotes. With images won and as many lost the difference is
    0 and the bound decides, as for any other difference.
 3. No class of at least ``min_class_images`` loses more than ``max_class_loss`` with a mid-p below .01.
-4. Negative log-likelihood, latency and size stay within their ratios to the champion's, accuracy above its floor. (The
-   likelihood is a proper score and punishes bad calibration; the calibration error has no limit of its own.)
+4. Accuracy, and that of each class of at least ``min_class_images``, lie above their floors. Negative log-likelihood,
+   latency and size stay within their ratios to the champion's. Overconfidence (mean confidence less accuracy) exceeds
+   the champion's by no more than its limit; being less sure than right is no fault, and the likelihood, a proper score,
+   sees to the rest of calibration. Accuracy on corrupted pictures falls by no more than its limit, as far as so many
+   pictures can tell (one-sided, ``confidence``).
 
 Where only 1 fails, or where the images are so few that not one lost would still not exclude a loss of ``margin``
 (the rule of three) and the challenger is not shown to be better, the outcome is "undecided" with the number of images
@@ -18,7 +21,7 @@ model of all has nobody to beat: only the floor of 4 applies.
 
 Labels may have changed. An image whose class a model does not know is its miss, so a class that the challenger lost
 counts against it and one that it gained counts for it. So that new classes cannot hide a loss on old ones, the bound
-must also hold on the images of the shared classes alone; likelihoods are compared on those.
+must also hold on the images of the shared classes alone; likelihoods and overconfidence are compared on those.
 
 The statistics and their sources are in tasks/evaluation/paired.py. Called by the promotion flow.
 """
@@ -26,6 +29,7 @@ The statistics and their sources are in tasks/evaluation/paired.py. Called by th
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -61,12 +65,15 @@ class Scores:
         probabilities: Of shape (N, C).
         latency_s: Median time of one answer.
         size_bytes: Of the whole graph.
+        survived: Share of the corruptions under which each of M pictures is answered right, (M,); None where that was
+            not asked.
     """
 
     labels: tuple[str, ...]
     probabilities: NDArray[np.floating]
     latency_s: float
     size_bytes: int
+    survived: NDArray[np.floating] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,8 @@ class Evidence:
         better: The challenger is better with confidence.
         nll: The challenger's mean negative log-likelihood on the shared images; None where there are none.
         champion_nll: The champion's.
+        overconfidence: The challenger's mean confidence less its accuracy there; None where there are none.
+        champion_overconfidence: The champion's.
     """
 
     right: Bools
@@ -123,6 +132,8 @@ class Evidence:
     better: bool
     nll: float | None
     champion_nll: float | None
+    overconfidence: float | None
+    champion_overconfidence: float | None
 
 
 def decide(
@@ -139,7 +150,10 @@ def decide(
     max_class_loss: float,
     min_class_images: int,
     max_nll_increase: float,
+    max_overconfidence: float,
+    max_robustness_loss: float,
     min_accuracy: float,
+    min_class_accuracy: float,
     max_latency_ratio: float,
     max_size_ratio: float,
     warn_uses: int,
@@ -159,7 +173,10 @@ def decide(
         max_class_loss: Accuracy that no class may lose, in 0..1.
         min_class_images: Classes with fewer images are too small for that.
         max_nll_increase: Relative.
+        max_overconfidence: Above the champion's, in 0..1.
+        max_robustness_loss: Accuracy on corrupted pictures that may be lost, in 0..1.
         min_accuracy: Absolute floor.
+        min_class_accuracy: Absolute floor of each class.
         max_latency_ratio: Challenger over champion.
         max_size_ratio: Challenger over champion.
         warn_uses: Uses of one test set after which it is worn.
@@ -171,10 +188,10 @@ def decide(
         raise DataError("the gate has no test image to judge by. Add images, or raise index_images.test_fraction.")
     labels = np.asarray(truth, dtype=np.str_)
     right = is_right(challenger, labels)
-    floor = _floor_refusals(right, min_accuracy)
+    floor = tuple(_floor_refusals(right, labels, min_accuracy, min_class_accuracy, min_class_images))
     wear = _wear_warnings(num_uses, warn_uses)
     if champion is None:
-        return _first(challenger, right, floor, wear)
+        return _first(challenger, right, floor, wear, num_uses)
     found = _evidence(
         challenger,
         champion,
@@ -189,7 +206,9 @@ def decide(
         *floor,
         *_difference_refusals(found),
         *_class_refusals(found, labels, max_class_loss, min_class_images),
-        *_ratio_refusals(found, challenger, champion, max_nll_increase, max_latency_ratio, max_size_ratio),
+        *_calibration_refusals(found, max_nll_increase, max_overconfidence),
+        *_robustness_refusals(challenger, champion, max_robustness_loss, confidence),
+        *_cost_refusals(challenger, champion, max_latency_ratio, max_size_ratio),
     )
     needed = _needed_images(found, confidence)
     outcome: Outcome = "refuse" if refusals else "undecided" if needed is not None else "promote"
@@ -198,7 +217,7 @@ def decide(
         better=found.better,
         reasons=refusals
         or (_promote_reason(found) if needed is None else _undecided_reason(found, needed, confidence),),
-        warnings=(*wear, *_label_warnings(challenger, champion, labels)),
+        warnings=(*wear, *_label_warnings(challenger, champion, found, labels)),
         numbers=_numbers(found, challenger, champion) | {"needed_images": needed, "num_uses": num_uses},
         class_losses=class_losses(found.right, found.right_before, labels),
     )
@@ -225,6 +244,11 @@ def mean_nll(scores: Scores, labels: Texts) -> float:
     columns = np.array([column[label] for label in labels])
     likelihoods = scores.probabilities[np.arange(len(labels)), columns].astype(np.float64)
     return float(-np.log(np.maximum(likelihoods, SMALLEST_PROBABILITY)).mean())
+
+
+def overconfidence(scores: Scores, right: Bools) -> float:
+    """Mean probability of the predicted class less the share that is right, in -1..1."""
+    return float(scores.probabilities.max(axis=1).astype(np.float64).mean() - right.mean())
 
 
 def class_losses(right: Bools, right_before: Bools, labels: Texts) -> dict[str, float]:
@@ -274,6 +298,8 @@ def _evidence(
         better=midp < 1 - confidence and overall.difference > 0,
         nll=mean_nll(_rows(challenger, shared), labels[shared]) if some else None,
         champion_nll=mean_nll(_rows(champion, shared), labels[shared]) if some else None,
+        overconfidence=overconfidence(_rows(challenger, shared), right[shared]) if some else None,
+        champion_overconfidence=overconfidence(_rows(champion, shared), before[shared]) if some else None,
     )
 
 
@@ -290,7 +316,7 @@ def _auto_margin(num_images: int) -> float:
     return AUTO_MARGIN if num_images >= AUTO_MARGIN_IMAGES else AUTO_MARGIN_SMALL
 
 
-def _first(challenger: Scores, right: Bools, floor: Sequence[str], wear: Sequence[str]) -> Decision:
+def _first(challenger: Scores, right: Bools, floor: Sequence[str], wear: Sequence[str], num_uses: int) -> Decision:
     """The decision where nothing is in production yet."""
     accuracy = float(right.mean())
     first = (
@@ -306,15 +332,24 @@ def _first(challenger: Scores, right: Bools, floor: Sequence[str], wear: Sequenc
             "accuracy": accuracy,
             "latency_s": challenger.latency_s,
             "size_bytes": challenger.size_bytes,
+            "num_uses": num_uses,
         },
         class_losses={},
     )
 
 
-def _floor_refusals(right: Bools, min_accuracy: float) -> tuple[str, ...]:
-    if right.mean() >= min_accuracy:
-        return ()
-    return (f"too bad: accuracy {right.mean():.1%} is below the floor, gate.min_accuracy {min_accuracy:.1%}",)
+def _floor_refusals(
+    right: Bools, labels: Texts, min_accuracy: float, min_class_accuracy: float, min_class_images: int
+) -> Iterator[str]:
+    if right.mean() < min_accuracy:
+        yield f"too bad: accuracy {right.mean():.1%} is below the floor, gate.min_accuracy {min_accuracy:.1%}"
+    for label in np.unique(labels):
+        here = right[labels == label]
+        if len(here) >= min_class_images and here.mean() < min_class_accuracy:
+            yield (
+                f"too bad: class {str(label)!r} is found in {here.mean():.1%} of its {len(here):,} images, below the "
+                f"floor, gate.min_class_accuracy {min_class_accuracy:.1%}"
+            )
 
 
 def _difference_refusals(found: Evidence) -> Iterator[str]:
@@ -337,14 +372,7 @@ def _class_refusals(found: Evidence, labels: Texts, max_class_loss: float, min_c
             )
 
 
-def _ratio_refusals(
-    found: Evidence,
-    challenger: Scores,
-    champion: Scores,
-    max_nll_increase: float,
-    max_latency_ratio: float,
-    max_size_ratio: float,
-) -> Iterator[str]:
+def _calibration_refusals(found: Evidence, max_nll_increase: float, max_overconfidence: float) -> Iterator[str]:
     if found.nll is not None and found.champion_nll is not None:
         limit = found.champion_nll * (1 + max_nll_increase)
         if found.nll > limit:
@@ -352,6 +380,33 @@ def _ratio_refusals(
                 f"less sure of the truth: negative log-likelihood {found.nll:.4f} against {found.champion_nll:.4f}, "
                 f"over the limit of {limit:.4f} (gate.max_nll_increase {max_nll_increase:.0%})"
             )
+    if found.overconfidence is not None and found.champion_overconfidence is not None:
+        limit = max(0.0, found.champion_overconfidence) + max_overconfidence
+        if found.overconfidence > limit:
+            yield (
+                f"boastful: its confidence exceeds its accuracy by {100 * found.overconfidence:.1f} points, over the "
+                f"limit of {100 * limit:.1f} (gate.max_overconfidence {max_overconfidence:.0%} above the champion's)"
+            )
+
+
+def _robustness_refusals(
+    challenger: Scores, champion: Scores, max_robustness_loss: float, confidence: float
+) -> Iterator[str]:
+    """Refuses a loss over the limit that chance does not explain; pictures are the units, not their corruptions."""
+    if challenger.survived is None or champion.survived is None or len(challenger.survived) < 2:
+        return
+    losses = champion.survived.astype(np.float64) - challenger.survived
+    loss, error = losses.mean(), losses.std(ddof=1) / math.sqrt(len(losses))
+    if loss > max_robustness_loss and loss > NormalDist().inv_cdf(confidence) * error:
+        yield (
+            f"less robust: {challenger.survived.mean():.1%} right on {len(losses):,} corrupted test images against "
+            f"{champion.survived.mean():.1%}, more than gate.max_robustness_loss {max_robustness_loss:.0%}"
+        )
+
+
+def _cost_refusals(
+    challenger: Scores, champion: Scores, max_latency_ratio: float, max_size_ratio: float
+) -> Iterator[str]:
     if challenger.latency_s > champion.latency_s * max_latency_ratio:
         yield (
             f"slower: {challenger.latency_s * 1e3:.1f} ms an image against {champion.latency_s * 1e3:.1f} ms, "
@@ -425,14 +480,18 @@ def _wear_warnings(num_uses: int, warn_uses: int) -> tuple[str, ...]:
     )
 
 
-def _label_warnings(challenger: Scores, champion: Scores, labels: Texts) -> Iterator[str]:
-    gained, lost = (
-        sorted(set(one.labels) - set(other.labels)) for one, other in ((challenger, champion), (champion, challenger))
+def _label_warnings(challenger: Scores, champion: Scores, found: Evidence, labels: Texts) -> Iterator[str]:
+    sides = (
+        (challenger, champion, found.right, "new", "the champion", "the challenger"),
+        (champion, challenger, found.right_before, "gone", "the challenger", "the champion"),
     )
-    for names, what, whose in ((gained, "new", "the champion"), (lost, "gone", "the challenger")):
-        if names:
-            num = int(np.isin(labels, names).sum())
-            yield f"{what} classes: {', '.join(map(repr, names))}; their {num:,} test images are misses of {whose}."
+    for one, other, right, what, whose, whoever in sides:
+        if names := sorted(set(one.labels) - set(other.labels)):
+            theirs = np.isin(labels, names)
+            yield (
+                f"{what} classes: {', '.join(map(repr, names))}; their {theirs.sum():,} test images are misses of "
+                f"{whose}, and {whoever} is right on {right[theirs].sum():,}."
+            )
 
 
 def _numbers(found: Evidence, challenger: Scores, champion: Scores) -> dict[str, Number]:
@@ -454,8 +513,16 @@ def _numbers(found: Evidence, challenger: Scores, champion: Scores) -> dict[str,
         "shared_lower_bound": shared.lower_bound if shared else None,
         "nll": found.nll,
         "champion_nll": found.champion_nll,
+        "overconfidence": found.overconfidence,
+        "champion_overconfidence": found.champion_overconfidence,
+        "robust_accuracy": _mean(challenger.survived),
+        "champion_robust_accuracy": _mean(champion.survived),
         "latency_s": challenger.latency_s,
         "champion_latency_s": champion.latency_s,
         "size_bytes": challenger.size_bytes,
         "champion_size_bytes": champion.size_bytes,
     }
+
+
+def _mean(values: NDArray[np.floating] | None) -> float | None:
+    return None if values is None or not len(values) else float(values.mean())

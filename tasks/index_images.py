@@ -7,7 +7,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from tasks.data.manifest import (
 )
 from tasks.data.splits import SPLITS, assigned_split
 from tasks.errors import DataError
+from tasks.parallel import ordered_map
 from tasks.progress import progress
 
 if TYPE_CHECKING:
@@ -137,9 +137,9 @@ def _all_facts(
     for each in progress(_map_facts(store, images, known, max_pixels), total=len(images), what="index_images"):
         facts.append(each)
         if time.monotonic() - saved_at > SAVE_INTERVAL_S:
-            rows = (
+            rows = [
                 Row(image.path, image.label, done, "train", False) for image, done in zip(images, facts, strict=False)
-            )
+            ]
             write_manifest(layout.images_partial, rows_to_frame(rows))
             saved_at = time.monotonic()
     return facts
@@ -149,11 +149,7 @@ def _map_facts(
     store: ImageStore, images: tuple[ImageFile, ...], known: dict[str, Facts], max_pixels: int
 ) -> Iterator[Facts]:
     """Facts of the images in order, on all cores. Threads: decoding and resizing leave the lock."""
-    with ThreadPoolExecutor(available_cores()) as pool:
-        try:
-            yield from pool.map(partial(_facts_of_file, store, known, max_pixels), images)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return ordered_map(partial(_facts_of_file, store, known, max_pixels), images, workers=available_cores())
 
 
 def _facts_of_file(store: ImageStore, known: dict[str, Facts], max_pixels: int, image: ImageFile) -> Facts:

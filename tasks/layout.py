@@ -139,8 +139,28 @@ class Layout:
         return self.evaluation_dir / "predictions.parquet"
 
     @property
+    def robustness(self) -> Path:
+        """What the bundle answers for some of them, corrupted (evaluate); the gate asks the champion the same."""
+        return self.evaluation_dir / "robustness.csv"
+
+    @property
+    def evaluation_page(self) -> Path:
+        """All of the evaluation in one file, for people."""
+        return self.evaluation_dir / "index.html"
+
+    @property
     def model_card(self) -> Path:
         return self.evaluation_dir / "model_card.md"
+
+    @property
+    def decision(self) -> Path:
+        """What the gate said last, for scripts; no DVC output."""
+        return self.reports_dir / "gate" / "decision.json"
+
+    @property
+    def decision_page(self) -> Path:
+        """The same for people."""
+        return self.reports_dir / "gate" / "index.html"
 
     @property
     def suspects(self) -> Path:

@@ -80,6 +80,7 @@ class FeaturesParams(Section):
 
     depths: Annotated[int, Field(ge=1, le=8)]
     views: Annotated[int, Field(ge=1, le=8)] | Auto
+    engine: Literal["auto", "onnxruntime", "openvino", "torch"]
     batch_size: Positive
     recheck: Annotated[int, Field(ge=0)]
 
@@ -123,13 +124,20 @@ class ExportOnnxParams(Section):
     min_top1_agreement: Fraction
     parity_images: Positive
     golden_images: Positive
+    int8: Literal["off"] | Auto
+    int8_calibration_images: Positive
+    int8_max_accuracy_loss: Annotated[float, Field(gt=0, lt=1)]
+    int8_min_speedup: Annotated[float, Field(ge=1)]
 
 
 class EvaluateParams(Section):
     """How the bundle is measured."""
 
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    draws: Annotated[int, Field(ge=100)]
     calibration_bins: Positive
+    min_slice_images: Positive
+    robustness_images: Annotated[int, Field(ge=0)]
     latency_runs: Positive
 
 
@@ -143,7 +151,10 @@ class GateParams(Section):
     max_class_loss: Fraction
     min_class_images: Positive
     max_nll_increase: Annotated[float, Field(ge=0)]
+    max_overconfidence: Fraction
+    max_robustness_loss: Fraction
     min_accuracy: Fraction
+    min_class_accuracy: Fraction
     max_latency_ratio: Annotated[float, Field(gt=0)]
     max_size_ratio: Annotated[float, Field(gt=0)]
     warn_uses: Positive

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 # Several workers share the cores: torch's threads must wait for each other asleep, not spinning.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -37,7 +37,11 @@ class Service:
         self.draining = False
         self.metrics = Metrics(waiting=lambda: self.batcher.waiting, champion=self._champion_version)
         self.models = Models(
-            Registry(settings.registry), name=settings.name, keep=settings.keep, on_reload=self.metrics.reload
+            Registry(settings.registry),
+            name=settings.name,
+            keep=settings.keep,
+            on_reload=self.metrics.reload,
+            public_key=settings.public_key,
         )
         self.parser = ThreadPoolExecutor(1, thread_name_prefix="parser")  # large JSON and compressed bodies
         self.batcher: Batcher

@@ -19,6 +19,7 @@ class Settings:
     port: Annotated[int, "port of HTTP; 0 for any free one"] = 8000
     grpc_port: Annotated[int | None, "port of gRPC, Triton's is 8001; 0 for any free one; no gRPC, if not given"] = None
     threads: Annotated[int | None, "threads that answer; as many as cores may be used, if not given"] = None
+    public_key: Annotated[Path | None, "only bundles signed by this key (`tanuki keygen`) answer"] = None
     keep: Annotated[int, "earlier versions that stay loaded and addressable"] = 2
     watch_s: Annotated[float, "seconds between two looks at the champion pointer"] = 0.5
     token_file: Annotated[Path | None, "file of bearer tokens, one a line; anybody may ask, if not given"] = None

@@ -7,17 +7,19 @@ precision. Each space is a folder of shards. A shard is two files, written once 
     SPACE/000001.npy       (n, D) float16, read through mmap
     SPACE/000001.json      the key of each row and a digest over both; its rename commits the shard
 
+Several processes may add to one space at once, each under numbers of its own (`adding`); all else needs it alone.
 So a kill at any moment leaves whole shards and at most a stray file, which the next writer sweeps; a shard that does
 not have its digest is named, and the next writer drops it. Deleting the folder loses time and nothing else.
-Written by tasks.cache_features, read through tasks.data.features.
+Written by tasks.cache_features, read through tasks.data.features, rid of what nothing needs by flows.garbage.
 """
 
 import fcntl
 import json
 import logging
 import os
+import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +33,8 @@ from tasks.errors import StoreError
 
 LOCK_WAIT_S = 60.0
 LOCK_POLL_S = 0.2
+SPACE_NAME = re.compile(r"[0-9a-f]{16}")
+SPACE_CARD = "space.json"
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +69,43 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The ``index``-th of ``count`` equal shares of all images, by content: for as many processes or machines."""
+
+    index: int
+    count: int
+
+    def __contains__(self, image_sha256: str) -> bool:
+        return int(image_sha256[:8], 16) % self.count == self.index - 1
+
+    def next_number(self, last: int) -> int:
+        """The first number above ``last`` that is this part's; with one part, all are."""
+        return last + 1 + (self.index - last - 1 - 1) % self.count
+
+
+@dataclass(frozen=True)
 class Shard:
     """A committed shard: its features file, and the keys of its rows in order."""
 
     path: Path
     keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True)
+class Orphans:
+    """Rows of a space that nothing needs.
+
+    Args:
+        space: Where they are.
+        rows: How many.
+        of_rows: All rows of the space.
+        freed_bytes: What they take, their keys included.
+    """
+
+    space: Space
+    rows: int
+    of_rows: int
+    freed_bytes: int
 
 
 @dataclass(eq=False)
@@ -79,10 +115,12 @@ class FeatureStore:
     Args:
         directory: The folder of the space.
         space: What it holds.
+        part: Whose numbers of shards are used.
     """
 
     directory: Path
     space: Space
+    part: Part = Part(1, 1)
     shards: list[Shard] = field(default_factory=list)
     rows: dict[Key, tuple[int, int]] = field(default_factory=dict)
 
@@ -120,7 +158,7 @@ class FeatureStore:
         Raises:
             StoreError: If a row is not finite or too large for float16.
         """
-        number = 1 + max((int(shard.path.stem) for shard in self.shards), default=0)
+        number = self.part.next_number(max((int(shard.path.stem) for shard in self.shards), default=0))
         shard = Shard(self.directory / f"{number:06d}.npy", tuple(keys))
         if bad := not_storable(features):
             named = ", ".join(f"view {keys[row].view} of image {keys[row].image_sha256[:12]}" for row in bad[:20])
@@ -130,6 +168,37 @@ class FeatureStore:
         index = {"sha256": _digest(shard), "rows": [list(key) for key in keys]}
         write_text(_index_path(shard.path), json.dumps(index, separators=(",", ":")) + "\n")
         self._register(shard)
+
+    def keep_only(self, images: Set[str]) -> None:
+        """Forgets the rows of all other images; where a shard holds both, what stays is written anew first.
+
+        A kill leaves some rows stored twice, which does no harm and is put right by the next call.
+        """
+        for number, shard in enumerate(list(self.shards)):
+            kept = self._kept(number, images)
+            if len(kept) == len(shard.keys):
+                continue
+            if kept:
+                self.append(kept, self.gather(kept))
+            _remove(shard.path)
+        # Numbers of shards in ``rows`` are places in ``shards``: read anew rather than renumbered.
+        left, _ = _read(self.directory, self.space)
+        self.shards, self.rows = left.shards, left.rows
+
+    def orphans(self, images: Set[str]) -> "Orphans":
+        """What `keep_only` would take out."""
+        rows = freed = 0
+        for number, shard in enumerate(self.shards):
+            if gone := len(shard.keys) - len(self._kept(number, images)):
+                size = sum(path.stat().st_size for path in (shard.path, _index_path(shard.path)))
+                rows += gone
+                freed += size * gone // len(shard.keys)
+        return Orphans(self.space, rows, sum(len(shard.keys) for shard in self.shards), freed)
+
+    def _kept(self, number: int, images: Set[str]) -> list[Key]:
+        """The rows of a shard that belong to these images and are not stored again in a later shard."""
+        keys = self.shards[number].keys
+        return [key for row, key in enumerate(keys) if key.image_sha256 in images and self.rows[key] == (number, row)]
 
     def drop_all(self) -> None:
         """Forgets every row of the space."""
@@ -178,7 +247,7 @@ def writing(root: Path, space: Space, *, wait_s: float = LOCK_WAIT_S) -> Iterato
     """
     directory = root / space.name
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory, wait_s):
+    with _locked(directory, fcntl.LOCK_EX, wait_s):
         store, damaged = _read(directory, space)
         if damaged:
             logger.warning(
@@ -190,8 +259,75 @@ def writing(root: Path, space: Space, *, wait_s: float = LOCK_WAIT_S) -> Iterato
         for path in damaged:
             _remove(path)
         _sweep(store)
-        write_json(directory / "space.json", asdict(space))
+        write_json(directory / SPACE_CARD, asdict(space))
         yield store
+
+
+@contextmanager
+def adding(root: Path, space: Space, part: Part, *, wait_s: float = LOCK_WAIT_S) -> Iterator[FeatureStore]:
+    """Opens a space for adding a part of the images, beside others that add theirs; nothing is dropped or swept.
+
+    Args:
+        root: The folder of all spaces.
+        space: Which.
+        part: Two processes must not add the same one at the same time.
+        wait_s: How long to wait for a process that has the space alone, in seconds.
+
+    Raises:
+        StoreError: If another process keeps the space for itself.
+    """
+    directory = root / space.name
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory, fcntl.LOCK_SH, wait_s):
+        store, _ = _read(directory, space)
+        store.part = part
+        write_json(directory / SPACE_CARD, asdict(space))
+        yield store
+
+
+def drop_orphans(root: Path, needed: Callable[[Space], Set[str]], *, dry_run: bool) -> list[Orphans]:
+    """Takes out the rows that nothing needs, space by space; a space without any is left as it is.
+
+    Args:
+        root: The folder of all spaces.
+        needed: The images (sha256) whose rows in a space are needed.
+        dry_run: Only tell.
+
+    Raises:
+        StoreError: If another process keeps writing a space, or a space does not tell what it is.
+    """
+    found = []
+    for directory in sorted(path for path in root.glob("*") if SPACE_NAME.fullmatch(path.name)):
+        if not any(directory.iterdir()):  # a kill came before its last step
+            directory.rmdir()
+            continue
+        space = _read_space(directory)
+        images = needed(space)
+        if dry_run:
+            found.append(_read(directory, space)[0].orphans(images))
+            continue
+        with writing(root, space) as store:
+            found.append(store.orphans(images))
+            store.keep_only(images)
+            if not store.rows:
+                (directory / SPACE_CARD).unlink()
+                directory.rmdir()
+    return [orphans for orphans in found if orphans.rows]
+
+
+def _read_space(directory: Path) -> Space:
+    """What a folder of shards is by its card."""
+    try:
+        space = Space(**json.loads((directory / SPACE_CARD).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise StoreError(
+            f"{directory / SPACE_CARD} cannot be read ({error}), so nobody can tell whose features these are. "
+            "Run `python -m tasks cache_features`, which mends that of the current backbone; if it stays so, delete "
+            f"{directory}: only time is lost."
+        ) from error
+    if space.name != directory.name:
+        raise StoreError(f"{directory / SPACE_CARD} is that of another space. Delete {directory}: only time is lost.")
+    return space
 
 
 def _read(directory: Path, space: Space) -> tuple[FeatureStore, list[Path]]:
@@ -229,7 +365,7 @@ def _sweep(store: FeatureStore) -> None:
     """Removes what a killed writer left: temporary files, and features without their index."""
     committed = {path for shard in store.shards for path in (shard.path, _index_path(shard.path))}
     for path in store.directory.iterdir():
-        if path.is_file() and path not in committed and path.name != "space.json":
+        if path.is_file() and path not in committed and path.name != SPACE_CARD:
             logger.info("%s: left by an interrupted run, removed", path)
             path.unlink()
 
@@ -249,12 +385,12 @@ def _names(paths: Iterable[Path]) -> str:
 
 
 @contextmanager
-def _locked(directory: Path, wait_s: float) -> Iterator[None]:
+def _locked(directory: Path, mode: int, wait_s: float) -> Iterator[None]:
     """Holds the folder itself: no lock file that DVC would track, and the kernel frees it when the process dies."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         deadline, told = time.monotonic() + wait_s, False
-        while not _try_lock(handle):
+        while not _try_lock(handle, mode):
             if time.monotonic() >= deadline:
                 raise StoreError(
                     f"{directory} is being written by another process, for more than {wait_s:g} s. "
@@ -269,9 +405,9 @@ def _locked(directory: Path, wait_s: float) -> Iterator[None]:
         os.close(handle)
 
 
-def _try_lock(handle: int) -> bool:
+def _try_lock(handle: int, mode: int) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, mode | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

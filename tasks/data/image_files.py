@@ -28,7 +28,7 @@ NO_IMAGE_SUFFIXES = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """A file that should be an image.
 

@@ -5,8 +5,8 @@ Written by index_images (every file of data/raw) and validate_data (the rows tha
 
 import hashlib
 import logging
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -56,7 +56,7 @@ SCHEMA: Final = pa.schema(
 DAMAGE: Final = (OSError, ValueError, TypeError, KeyError, MemoryError, pa.ArrowException)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What is known of an image from its bytes alone; zeros and empty texts where it does not decode."""
 
@@ -76,7 +76,7 @@ class Facts:
     group: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One image of the manifest."""
 
@@ -87,20 +87,17 @@ class Row:
     official_split: bool
 
 
-def rows_to_frame(rows: Iterable[Row]) -> pd.DataFrame:
+def rows_to_frame(rows: Sequence[Row]) -> pd.DataFrame:
     """A manifest of rows, as `read_manifest` would give it."""
-    records = [
-        {
-            "path": row.path,
-            "label": row.label,
-            **asdict(row.facts),
-            "split": row.split,
-            "official_split": row.official_split,
-            "class_id": None,
-        }
-        for row in rows
-    ]
-    frame: pd.DataFrame = pa.Table.from_pylist(records, schema=SCHEMA).to_pandas()
+    columns = {
+        "path": [row.path for row in rows],
+        "label": [row.label for row in rows],
+        **{name: [getattr(row.facts, name) for row in rows] for name in Facts.__dataclass_fields__},
+        "split": [row.split for row in rows],
+        "official_split": [row.official_split for row in rows],
+        "class_id": [None] * len(rows),
+    }
+    frame: pd.DataFrame = pa.Table.from_pydict(columns, schema=SCHEMA).to_pandas()
     return frame.sort_values("path", kind="stable", ignore_index=True)
 
 

@@ -3,9 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tasks.evaluation.metrics import Accuracy, ClassScore
+from tasks.evaluation.metrics import Accuracy, ClassScore, MacroIntervals
+from tasks.evaluation.robustness import Robustness
+from tasks.evaluation.slices import Slice
 
 MAX_LISTED_CLASSES = 60
+FEW_IMAGES = 30
+PURPOSE = (
+    "Sorting pictures like those it was trained on into the classes above. It answers every picture with one of these "
+    "classes: it does not know what it has never seen, and a picture of something else gets a label too."
+)
 
 
 @dataclass(frozen=True)
@@ -26,9 +33,12 @@ class CardFacts:
         measured: What was measured, by the name of the model: the interval of its accuracy, or why there is none.
         balanced_accuracy: Of what ships.
         macro_f1: Of what ships.
+        intervals: Of these two.
         nll: Of what ships.
         ece: Of what ships.
         classes: Scores of each class, in the order of the labels.
+        slices: Parts of the test images.
+        robustness: On corrupted pictures; None where that was not measured.
     """
 
     labels: Sequence[str]
@@ -44,9 +54,12 @@ class CardFacts:
     measured: Mapping[str, Accuracy | str]
     balanced_accuracy: float
     macro_f1: float
+    intervals: MacroIntervals
     nll: float
     ece: float
     classes: Sequence[ClassScore]
+    slices: Sequence[Slice]
+    robustness: Robustness | None
 
 
 def model_card(facts: CardFacts) -> str:
@@ -55,39 +68,48 @@ def model_card(facts: CardFacts) -> str:
         "\n\n".join(
             [
                 "# Model card",
-                _what(facts),
+                _table(identity(facts)),
                 "## How good it is",
                 _measured(facts),
                 _classes(facts),
                 "## What it is for",
-                "Sorting pictures like those it was trained on into the classes above. It answers every picture with "
-                "one of these classes: it does not know what it has never seen, and a picture of something else gets "
-                "a label too.",
+                PURPOSE,
                 "## Limits",
-                _limits(facts),
+                "\n".join(f"- {_cell(limit)}" for limit in limits(facts)),
             ]
         )
         + "\n"
     )
 
 
-def _what(facts: CardFacts) -> str:
-    images = ", ".join(f"{count:,} {split}" for split, count in facts.num_images.items())
+def identity(facts: CardFacts) -> list[tuple[str, str]]:
+    """What the model is and where it comes from: names and values."""
     tuned = f"fine-tuned ({', '.join(facts.kept_stages)})" if facts.kept_stages else "frozen, with a linear probe on it"
-    return "\n".join(
-        [
-            "| | |",
-            "|---|---|",
-            f"| bundle | `{facts.bundle_digest}` |",
-            f"| data version | `{facts.data_sha256}` |",
-            f"| images | {images} |",
-            f"| classes ({len(facts.labels)}) | {_listed(facts.labels)} |",
-            f"| backbone | {_cell(facts.architecture)}, {tuned} |",
-            f"| pretrained weights | {_cell(facts.weights_source)} |",
-            f"| licence of the weights | {_cell(facts.weights_licence or 'not stated: find out before you ship')} |",
-            f"| input | {facts.preprocessing} |",
-        ]
-    )
+    return [
+        ("bundle", facts.bundle_digest),
+        ("data version", facts.data_sha256),
+        ("images", ", ".join(f"{count:,} {split}" for split, count in facts.num_images.items())),
+        (f"classes ({len(facts.labels)})", _listed(facts.labels)),
+        ("backbone", f"{facts.architecture}, {tuned}"),
+        ("pretrained weights", facts.weights_source),
+        ("licence of the weights", facts.weights_licence or "not stated: find out before you ship"),
+        ("input", facts.preprocessing),
+    ]
+
+
+def limits(facts: CardFacts) -> list[str]:
+    """Where the numbers end, in sentences."""
+    few = [label for label, score in zip(facts.labels, facts.classes, strict=True) if score.num_test < FEW_IMAGES]
+    weak = [f"{each.kind} {each.name} ({each.accuracy.accuracy:.1%})" for each in facts.slices if each.is_weak]
+    return [
+        "The interval speaks of pictures drawn like the test images; other cameras, places or seasons are another "
+        "matter.",
+        "Near-duplicates were kept on one side of the split where their hashes agree; likenesses beyond that can "
+        "flatter.",
+        "Probabilities were calibrated on the training data and hold for such data only.",
+        *([f"Fewer than {FEW_IMAGES} test images, so little is known of: {_listed(few)}."] if few else []),
+        *([f"Less often right than elsewhere, by {'; by '.join(weak)}."] if weak else []),
+    ]
 
 
 def _measured(facts: CardFacts) -> str:
@@ -101,12 +123,24 @@ def _measured(facts: CardFacts) -> str:
         else f"| {name} | {found.accuracy:.1%} | {found.accuracy_low:.1%} to {found.accuracy_high:.1%} |"
         for name, found in facts.measured.items()
     ]
+    ranges = facts.intervals
     rest = (
-        f"\n\nWhat ships, further: balanced accuracy {facts.balanced_accuracy:.1%}, macro F1 {facts.macro_f1:.3f}, "
-        f"negative log-likelihood {facts.nll:.4f} nats, calibration error {facts.ece:.1%}. It was measured as it "
-        "ships: the exported bundle, through the predictor that serves it."
+        f"\n\nWhat ships, further: balanced accuracy {facts.balanced_accuracy:.1%} "
+        f"({ranges.balanced_accuracy_low:.1%} to {ranges.balanced_accuracy_high:.1%}), macro F1 {facts.macro_f1:.3f} "
+        f"({ranges.macro_f1_low:.3f} to {ranges.macro_f1_high:.3f}), negative log-likelihood {facts.nll:.4f} nats, "
+        f"calibration error {facts.ece:.1%}{_robust(facts.robustness)}. It was measured as it ships: the exported "
+        "bundle, through the predictor that serves it."
     )
     return "\n".join([*header, *rows]) + rest
+
+
+def _robust(found: Robustness | None) -> str:
+    if found is None:
+        return ""
+    each = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in found.corruptions.items())
+    return (
+        f"; on {found.num_images:,} of the test images, spoiled, {found.mean:.1%} ({each}), unspoiled {found.clean:.1%}"
+    )
 
 
 def _classes(facts: CardFacts) -> str:
@@ -122,24 +156,15 @@ def _classes(facts: CardFacts) -> str:
     )
 
 
-def _limits(facts: CardFacts) -> str:
-    few = [label for label, score in zip(facts.labels, facts.classes, strict=True) if score.num_test < 30]
-    limits = [
-        "The interval speaks of pictures drawn like the test images; other cameras, places or seasons are another "
-        "matter.",
-        "Near-duplicates were kept on one side of the split where their hashes agree; likenesses beyond that can "
-        "flatter.",
-        "Probabilities were calibrated on the training data and hold for such data only.",
-        *([f"Fewer than 30 test images, so little is known of: {_listed(few)}."] if few else []),
-    ]
-    return "\n".join(f"- {limit}" for limit in limits)
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
 
 
 def _listed(labels: Sequence[str]) -> str:
-    shown = ", ".join(_cell(label) for label in labels[:MAX_LISTED_CLASSES])
+    shown = ", ".join(labels[:MAX_LISTED_CLASSES])
     return shown + (f" and {len(labels) - MAX_LISTED_CLASSES} more" if len(labels) > MAX_LISTED_CLASSES else "")
 
 
 def _cell(text: str) -> str:
-    """Text that cannot break a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())
+    """Text that cannot break a Markdown table and is no HTML in it."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

@@ -1,7 +1,10 @@
-"""Pictures of an evaluation, drawn without display or dates, so that the same numbers make the same bytes."""
+"""Pictures of an evaluation, drawn without display or dates, so that the same numbers make the same bytes.
+
+Matplotlib's own font is the only one that every machine has. A label with letters that it lacks is drawn as the number
+of its class, which per_class.csv and the page explain: a box would say nothing.
+"""
 
 import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image
@@ -31,8 +35,8 @@ class Mistake:
 
     Args:
         image: Upright RGB uint8, (H, W, 3).
-        truth: Its label.
-        predicted: What the model said.
+        truth: Its label, as it is to be drawn.
+        predicted: What the model said, as it is to be drawn.
         probability: That the model gave to what it said.
     """
 
@@ -42,13 +46,22 @@ class Mistake:
     probability: float
 
 
+def drawable_names(labels: Sequence[str]) -> list[str]:
+    """The labels, and ``#3`` for the third class where the font lacks a letter of its label."""
+    letters = get_font(findfont(FontProperties())).get_charmap()
+    return [
+        label if all(ord(letter) in letters for letter in label) else f"#{number}"
+        for number, label in enumerate(labels, start=1)
+    ]
+
+
 def draw_confusion(path: Path, counts: NDArray[np.int64], labels: Sequence[str]) -> None:
     """Draws how often each class (rows) was taken for each class (columns).
 
     Args:
         path: A PNG.
         counts: Images, (C, C); row the true class.
-        labels: Of the C classes.
+        labels: Of the C classes, as they are to be drawn.
     """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(2.2 + 0.42 * len(labels), 4.5, 14))
@@ -99,7 +112,7 @@ def draw_mistakes(path: Path, mistakes: Sequence[Mistake]) -> None:
     if not mistakes:
         figure.text(0.5, 0.5, "no mistakes on the test images", ha="center", va="center", fontsize=16, color=INK)
     for axes, mistake in zip(figure.subplots(rows, COLUMNS).flat if mistakes else (), mistakes, strict=False):
-        axes.imshow(_thumbnail(mistake.image), interpolation="nearest")
+        axes.imshow(thumbnail(mistake.image), interpolation="nearest")
         says = f"says {mistake.predicted} {mistake.probability:.0%}"
         axes.set_title(_wrapped(f"is {mistake.truth}"), fontsize=9, color=INK, parse_math=False, loc="left")
         axes.set_xlabel(_wrapped(says), fontsize=9, color=ACCENT, parse_math=False, loc="left")
@@ -119,7 +132,7 @@ def _name_classes(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_yticks(range(len(labels)), names, parse_math=False)
 
 
-def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The picture padded to a white square of THUMBNAIL_PX, small ones enlarged in whole steps."""
     picture = Image.fromarray(image)
     scale = THUMBNAIL_PX / max(picture.size)
@@ -136,7 +149,5 @@ def _wrapped(text: str) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary, warnings.catch_warnings():
-        # Labels may hold letters that matplotlib's own font lacks; it draws a box in their place.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})

@@ -102,5 +102,18 @@ class PixelSource:
             raise DataError(f"{path}: {error}. It could be decoded when it was indexed. {remedy}") from error
 
 
+@dataclass(frozen=True)
+class LabelledPixels:
+    """Pictures and their classes.
+
+    Attributes:
+        pixels: N pictures in K views.
+        labels: (N,) int64 class indices.
+    """
+
+    pixels: PixelSource
+    labels: NDArray[np.int64]
+
+
 def _stacked(futures: list[Future[NDArray[np.float32]]]) -> NDArray[np.float32]:
     return np.stack([future.result() for future in futures])  # (B, 3, S, S)

@@ -15,12 +15,13 @@ from tasks.models.head import Head
 from tasks.training.temperature import fit_temperature
 
 
-def class_prototypes(features: NDArray[np.float32], labels: Sequence[str]) -> Head:
+def class_prototypes(features: NDArray[np.float32], labels: Sequence[str], *, calibrated: bool = True) -> Head:
     """The nearest-class-mean head of features (N, D), one row a sorted label.
 
     Args:
         features: Of training images, (N, D).
         labels: Class of each row, (N,).
+        calibrated: Choose s; without, the decisions are the same and confidence means nothing.
     """
     names = tuple(sorted(set(labels)))
     index = {name: number for number, name in enumerate(names)}
@@ -29,7 +30,7 @@ def class_prototypes(features: NDArray[np.float32], labels: Sequence[str]) -> He
     centre = features.mean(axis=0, dtype=np.float64)
     centred = features - centre
     means = np.stack([centred[targets == number].mean(axis=0) for number in range(len(names))])  # (C, D)
-    scale = _scale(centred, targets, counts, means)
+    scale = _scale(centred, targets, counts, means) if calibrated else 1.0
     weight = means / scale
     bias = -0.5 * (means**2).sum(axis=1) / scale - weight @ centre
     return Head(names, weight.astype(np.float32), (bias - bias.mean()).astype(np.float32))

@@ -56,6 +56,41 @@ RECIPES = (
 """(prefix of the architecture's name, recipe); the first that fits, else ADAMW_DEFAULT."""
 
 
+@dataclass(frozen=True)
+class TuningSettings:
+    """The numbers of fine-tuning; see params.yaml, section ``finetune``.
+
+    Attributes:
+        seed: Of every random draw.
+        recipe: The family's optimiser.
+        learning_rate: Of the head in the top stage, at this batch size.
+        layer_decay: Ratio of rates between neighbouring layer groups.
+        weight_decay: Before the recipe's scale.
+        warmup_fraction: Share of a stage's steps.
+        clip_norm: Largest norm of a gradient.
+        ema_decay: Of the average of the weights.
+        batch_size: Pictures a step.
+        epochs: Of the top stage.
+        max_steps: Of one stage.
+        max_tflop: Floating-point work of one stage's steps, in 10^12.
+        boundary_cache_bytes: Limit of the temporary files of one stage.
+    """
+
+    seed: int
+    recipe: Recipe
+    learning_rate: float
+    layer_decay: float
+    weight_decay: float
+    warmup_fraction: float
+    clip_norm: float
+    ema_decay: float
+    batch_size: int
+    epochs: int | Literal["auto"]
+    max_steps: int
+    max_tflop: float
+    boundary_cache_bytes: int
+
+
 def recipe_for(architecture: str) -> Recipe:
     """The recipe of an architecture's family."""
     for prefix, recipe in RECIPES:

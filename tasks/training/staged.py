@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +28,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tasks.models.architectures import Network
 from tasks.models.head import Head
-from tasks.training.augmented import Item, PixelSource
+from tasks.training.augmented import Item, LabelledPixels, PixelSource
 from tasks.training.boundary import BoundarySource, RecomputedBoundary, open_boundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
 from tasks.training.schedule import (
     STAGE_SHAPES,
     USELESS_STEPS,
-    Recipe,
     StageShape,
+    TuningSettings,
     layer_group_learning_rates,
     stage_length,
 )
@@ -57,54 +57,6 @@ logger = logging.getLogger(__name__)
 VIEW_OFFSETS = 2**31
 """Where the draws of the views' order live among the draws of a stage, beyond any epoch."""
 REPORT_DIGITS = 6
-
-
-@dataclass(frozen=True)
-class LabelledPixels:
-    """Pictures and their classes.
-
-    Attributes:
-        pixels: N pictures in K views.
-        labels: (N,) int64 class indices.
-    """
-
-    pixels: PixelSource
-    labels: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class TuningSettings:
-    """The numbers of fine-tuning; see params.yaml, section ``finetune``.
-
-    Attributes:
-        seed: Of every random draw.
-        recipe: The family's optimiser.
-        learning_rate: Of the head in the top stage, at this batch size.
-        layer_decay: Ratio of rates between neighbouring layer groups.
-        weight_decay: Before the recipe's scale.
-        warmup_fraction: Share of a stage's steps.
-        clip_norm: Largest norm of a gradient.
-        ema_decay: Of the average of the weights.
-        batch_size: Pictures a step.
-        epochs: Of the top stage.
-        max_steps: Of one stage.
-        max_tflop: Floating-point work of one stage's steps, in 10^12.
-        boundary_cache_bytes: Limit of the temporary files of one stage.
-    """
-
-    seed: int
-    recipe: Recipe
-    learning_rate: float
-    layer_decay: float
-    weight_decay: float
-    warmup_fraction: float
-    clip_norm: float
-    ema_decay: float
-    batch_size: int
-    epochs: int | Literal["auto"]
-    max_steps: int
-    max_tflop: float
-    boundary_cache_bytes: int
 
 
 @dataclass(frozen=True)

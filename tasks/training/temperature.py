@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 
 MIN_ROWS = 100  # with fewer, the estimate hurts more than it helps
 MAX_LOG = 3.0  # temperatures in e^-3..e^3
@@ -37,6 +36,8 @@ def fit_temperature(
     """
     if len(targets) < min_rows:
         return 1.0
+    from scipy.optimize import minimize_scalar  # half a second, which evaluation need not wait for
+
     found = minimize_scalar(
         lambda log: float(row_nll(logits / np.exp(log), targets).mean()),
         bounds=(-max_log, max_log),

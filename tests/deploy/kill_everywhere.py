@@ -49,15 +49,16 @@ def kill_bundle(folder: Path, stride: int) -> int:
 
 
 def kill_registry(folder: Path, stride: int) -> int:
-    bundles = [folder / f"bundle-{number}" for number in range(3)]
+    bundles = [folder / f"bundle-{number}" for number in range(4)]
     for number, path in enumerate(bundles):
         in_child(lambda path=path, number=number: write_colour_bundle(path, sharpness=8.0 + number))
     in_child(lambda: fill(Registry(folder / "base"), bundles))
     register = lambda registry: registry.register(bundles[2], {"git": "c"}, card=bundles[2] / "bundle.json")  # noqa: E731
     promote = lambda registry: registry.promote(1, reason="again", expected=2)  # noqa: E731
     rollback = lambda registry: registry.rollback("bad") if registry.champion().id == 2 else registry.repair()  # noqa: E731
+    sweep = lambda registry: registry.sweep(keep_last=0)  # noqa: E731
     children = 0
-    for change, champions in ((register, {2}), (promote, {2, 1}), (rollback, {2, 1})):
+    for change, champions in ((register, {2}), (promote, {2, 1}), (rollback, {2, 1}), (sweep, {2})):
         children += kill_registry_change(folder, change, champions, stride)
     return children
 
@@ -66,6 +67,7 @@ def fill(registry: Registry, bundles: list[Path]) -> None:
     for number in (0, 1):
         version = registry.register(bundles[number], {"git": "ab"[number]})
         registry.promote(version.id, reason="better", expected=version.id - 1 or None)
+    registry.refuse(registry.register(bundles[3], {}).id, "worse")
 
 
 def kill_registry_change(folder: Path, change: Callable[[Registry], object], champions: set[int], stride: int) -> int:

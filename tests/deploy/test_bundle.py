@@ -1,6 +1,7 @@
 """The bundle: whole, checkable, the same bytes for the same model."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.bundle import read_bundle, verify_bundle, write_bundle
+from deploy.bundle import Bundle, bundle_files, read_bundle, verify_bundle, write_bundle
 from deploy.errors import BundleError, ImageError
 from deploy.files import write_json
+from deploy.golden import golden_pictures
 from deploy.predictor import Predictor
 from tests.deploy.tiny_bundle import (
     LABELS,
@@ -18,6 +20,7 @@ from tests.deploy.tiny_bundle import (
     colour_graphs,
     colour_image,
     encoded,
+    seal,
     write_colour_bundle,
 )
 
@@ -76,20 +79,39 @@ def test_a_bundle_that_cannot_be_written_leaves_the_old_one(directory: Path) -> 
     assert [path.name for path in directory.parent.iterdir()] == ["bundle"]
 
 
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        ("model.onnx", "model.onnx was changed"),
-        ("back.onnx", "back.onnx was changed"),
-        ("golden/image-01.jpeg", "golden/image-01.jpeg was changed"),
-        ("golden/golden.json", "golden/golden.json was changed"),
-    ],
+FILES = (
+    "model.onnx",
+    "front.onnx",
+    "back.onnx",
+    "bundle.json",
+    "golden/golden.json",
+    "golden/image-00.png",
+    "golden/image-01.jpeg",
+    "golden/image-02.jpeg",
 )
-def test_one_flipped_byte_in_any_file_is_found(directory: Path, name: str, found: str) -> None:
+
+
+def test_the_files_of_a_bundle_are_these(directory: Path) -> None:
+    assert set(files_of(directory)) == set(FILES) == set(bundle_files(read_bundle(directory)))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_a_flipped_byte_in_any_file_is_found_before_anything_is_loaded(
+    directory: Path, name: str, share: float
+) -> None:
     data = bytearray((directory / name).read_bytes())
-    data[len(data) // 2] ^= 1
+    data[int(share * len(data))] ^= 1
     (directory / name).write_bytes(data)
-    with pytest.raises(BundleError, match=found):
+    found = f"{name} was changed" if name != "bundle.json" else "bundle.json"
+    with pytest.raises(BundleError, match=re.escape(found)):
+        read_bundle(directory)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(directory: Path, name: str) -> None:
+    (directory / name).unlink()
+    with pytest.raises(BundleError, match=re.escape(name)):
         read_bundle(directory)
 
 
@@ -114,7 +136,7 @@ def test_edited_labels_are_found(directory: Path) -> None:
 def test_an_unknown_format_version_says_which_ones_are_read(directory: Path) -> None:
     index = json.loads((directory / "bundle.json").read_text())
     write_json(directory / "bundle.json", index | {"format_version": 7})
-    with pytest.raises(BundleError, match="format version 7; this tanuki reads 1"):
+    with pytest.raises(BundleError, match="format version 7; this tanuki reads 1, 2"):
         read_bundle(directory)
 
 
@@ -142,7 +164,7 @@ def test_graphs_in_the_wrong_place_are_refused(tmp_path: Path) -> None:
     golden = [encoded(colour_image("blau"))]
     with pytest.raises(BundleError, match=r"front\.onnx maps"):
         write_bundle(tmp_path / "b", model=model, front=back, back=front, facts=colour_facts(), golden=golden)
-    with pytest.raises(BundleError, match="no ONNX graph"):
+    with pytest.raises(BundleError, match=r"model\.onnx: it is no whole ONNX file"):
         write_bundle(tmp_path / "b", model=b"x", front=front, back=back, facts=colour_facts(), golden=golden)
     with pytest.raises(BundleError, match="golden"):
         write_bundle(tmp_path / "b", model=model, front=front, back=back, facts=colour_facts(), golden=[])
@@ -154,20 +176,72 @@ def test_verification_finds_a_graph_that_answers_otherwise(directory: Path) -> N
     golden[1]["probabilities"] = [1 / 3] * 3
     golden[2]["embedding"][0] += 0.1
     write_json(directory / "golden" / "golden.json", golden)
-    sign_again(directory)
+    seal(directory)
     read_bundle(directory)
-    with pytest.raises(BundleError, match=r"image-01.jpeg is off by .* in its probabilities; image-02.jpeg is off"):
+    with pytest.raises(BundleError, match=r"image-01.jpeg is off by .* in its probabilities .*image-02.jpeg is off"):
         verify_bundle(directory)
 
 
-def sign_again(directory: Path) -> None:
-    """Makes every digest fit what lies there."""
-    from deploy.bundle import _own_digest
-    from deploy.files import sha256_file
+@pytest.fixture
+def quantised(tmp_path: Path) -> Bundle:
+    """A bundle whose "int8" half is a little less sharp than fp32."""
+    model, front, back = colour_graphs()
+    golden = [encoded(colour_image(label)) for label in LABELS]
+    int8 = colour_graphs(sharpness=7.0)[2]
+    return write_bundle(
+        tmp_path / "int8", model=model, front=front, back=back, facts=colour_facts(), golden=golden, int8=int8
+    )
 
-    index = json.loads((directory / "bundle.json").read_text())
-    index["digests"] = {name: sha256_file(directory / name) for name in index["digests"]}
-    write_json(directory / "bundle.json", index | {"digest": _own_digest(index)})
+
+def test_a_bundle_in_int8_answers_with_that_half_and_is_golden_in_both(quantised: Bundle) -> None:
+    assert (quantised.precision, quantised.back_path.name) == ("int8", "back.int8.onnx")
+    assert {"back.onnx", "back.int8.onnx", "golden/golden.whole.json"} <= set(bundle_files(quantised))
+    verify_bundle(quantised.directory)
+    halves, whole = (
+        json.loads((quantised.directory / "golden" / name).read_text())[0]["probabilities"]
+        for name in ("golden.json", "golden.whole.json")
+    )
+    assert max(halves) < max(whole) - 0.02
+    with Predictor(quantised) as predictor:
+        found = predictor.predict([colour_image("blau")]).probabilities[0]
+    np.testing.assert_allclose(found, halves, atol=1e-6)
+
+
+def test_the_golden_pictures_are_pictures_whatever_answers_lie_beside_them(quantised: Bundle) -> None:
+    assert golden_pictures(quantised) == [encoded(colour_image(label)) for label in LABELS]
+
+
+def test_an_int8_half_is_checked_like_the_others(quantised: Bundle) -> None:
+    quantised.back_path.write_bytes(colour_graphs(sharpness=5.0)[2])
+    with pytest.raises(BundleError, match=r"back\.int8\.onnx was changed"):
+        read_bundle(quantised.directory)
+    seal(quantised.directory)
+    with pytest.raises(BundleError, match=r"off by .* \(halves\)"):
+        verify_bundle(quantised.directory)
+    whole = quantised.directory / "golden" / "golden.whole.json"
+    write_json(whole, json.loads(whole.read_text())[1:])
+    seal(quantised.directory)
+    with pytest.raises(BundleError, match="about different pictures"):
+        verify_bundle(quantised.directory)
+    seal(quantised.directory, precision="fp32")
+    quantised.back_path.unlink()
+    with pytest.raises(BundleError, match=r"back\.int8\.onnx is missing"):
+        read_bundle(quantised.directory)
+
+
+def test_an_int8_half_of_other_classes_makes_no_bundle(tmp_path: Path) -> None:
+    model, front, back = colour_graphs()
+    other = colour_graphs(labels=("blau", "grün"))[2]
+    with pytest.raises(BundleError, match="the half in int8 maps"):
+        write_bundle(
+            tmp_path / "b",
+            model=model,
+            front=front,
+            back=back,
+            facts=colour_facts(),
+            golden=[encoded(colour_image("blau"))],
+            int8=other,
+        )
 
 
 def test_the_halves_answer_as_the_whole(directory: Path) -> None:

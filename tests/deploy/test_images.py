@@ -161,7 +161,7 @@ def test_a_jpeg_with_a_damaged_middle_is_refused_though_pillow_would_show_it() -
         decode_image(bytes(data))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_bytes_give_pixels_or_an_image_error(data: st.DataObject) -> None:
     whole = data.draw(st.sampled_from(SEEDS))

@@ -40,7 +40,7 @@ def test_pictures_of_different_sizes_are_answered_together_in_order(predictor: P
     assert [predictor.labels[index] for index in answers.probabilities.argmax(axis=1)] == asked
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=20))
 def test_neighbours_in_a_batch_do_not_change_an_answer(predictor: Predictor, sizes: list[tuple[int, int]]) -> None:
     images = [colour_image(LABELS[seed % 3], size=size, seed=seed) for seed, size in enumerate(sizes)]

@@ -1,12 +1,15 @@
 """Odd labels and broken files in data/raw, nothing committed, nobody known to git: what can be learnt is, and told."""
 
+import base64
 import io
 import json
 import shutil
+import sqlite3
 import struct
 import subprocess
 import sys
 import zlib
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +113,16 @@ def test_what_can_be_decoded_is_learnt_from_and_the_rest_is_named_with_a_reason(
     assert set(good) <= accepted
     assert set(left_out.index) == {f"no/{name}" for name in bad}
     assert all(left_out)
+
+
+def test_the_prefect_run_shows_what_was_left_out_and_links_the_data_docs(awkward: Workspace, summary: dict) -> None:
+    with closing(sqlite3.connect(awkward.prefect_home / "prefect.db")) as database:
+        artifacts = dict(database.execute("select key, data from artifact order by created").fetchall())
+    picture = json.loads(artifacts["data-quarantine"]).removeprefix("data:image/jpeg;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+        assert image.width > 100
+    assert "validation/docs/index.html" in artifacts["data-docs"]
+    assert "num_quarantined" in artifacts["data-validation"]
 
 
 def test_the_champion_answers_what_it_can_and_names_what_it_cannot(awkward: Workspace, summary: dict) -> None:

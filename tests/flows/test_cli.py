@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from deploy.registry import Registry
 from tests.conftest import Workspace
+from tests.deploy.tiny_bundle import write_colour_bundle
 
 
 def paragraph(run: subprocess.CompletedProcess[str]) -> str:
@@ -68,6 +70,35 @@ def test_a_version_that_is_not_there_is_named_with_those_that_are(workspace: Wor
     assert "no version 7" in paragraph(workspace.tanuki("lineage", "7", check=False))
 
 
+def test_a_bundle_is_verified_by_its_folder_or_its_version_and_a_damaged_one_fails(workspace: Workspace) -> None:
+    made = write_colour_bundle(workspace.root / "made")
+    version = Registry(workspace.root / "data" / "registry").register(made.directory, {})
+    for what in ("made", "1"):
+        told = json.loads(workspace.tanuki("verify", what, "--json").stdout)
+        assert told["digest"] == made.digest
+        assert told["golden"]["num_pictures"] == 3
+        assert told["golden"]["max_probability_difference"] < 1e-3
+    assert "is whole" in workspace.tanuki("verify", "made").stdout
+    back = version.directory / "back.onnx"
+    back.chmod(0o644)
+    back.write_bytes(back.read_bytes()[:-1] + b"x")
+    assert "back.onnx was changed" in paragraph(workspace.tanuki("verify", "1", "--json", check=False))
+    assert "is no bundle" in paragraph(workspace.tanuki("verify", "elsewhere", check=False))
+    assert "no version 7" in paragraph(workspace.tanuki("verify", "7", check=False))
+
+
+def test_a_version_is_signed_and_the_signature_can_be_required(workspace: Workspace) -> None:
+    Registry(workspace.root / "data" / "registry").register(write_colour_bundle(workspace.root / "made").directory, {})
+    key, public = workspace.root / "release.key", workspace.root / "release.key.pub"
+    assert "release.key.pub verifies" in workspace.tanuki("keygen", "release.key").stdout
+    assert "is not signed" in paragraph(workspace.tanuki("verify", "1", "--public-key", public, check=False))
+    workspace.tanuki("sign", "1", "--key", key)
+    told = json.loads(workspace.tanuki("verify", "1", "--public-key", public, "--json").stdout)
+    assert told["signed_by"]
+    write_colour_bundle(workspace.root / "data" / "bundle")
+    assert "an output of DVC" in paragraph(workspace.tanuki("sign", "data/bundle", "--key", key, check=False))
+
+
 def test_the_sample_is_laid_out_once_and_everything_would_run(workspace: Workspace) -> None:
     workspace.tanuki("sample")
     assert len(list((workspace.root / "data" / "raw").rglob("*.png"))) == 1797
@@ -122,7 +153,11 @@ def test_the_doctor_fails_where_params_are_broken(workspace: Workspace) -> None:
         "promote",
         "rollback",
         "lineage",
+        "verify",
+        "keygen",
+        "sign",
         "pretrain",
+        "publish",
         "doctor",
     ],
 )

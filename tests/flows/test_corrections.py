@@ -223,7 +223,7 @@ def test_killed_at_any_step_the_same_command_finishes_it(
 LABELS = st.sampled_from(["cat", "dog", "owl"])
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.dictionaries(st.sampled_from(list(FILES)), LABELS, min_size=1), min_size=1, max_size=3))
 def test_whatever_is_relabelled_no_bytes_are_lost(
     tmp_path_factory: pytest.TempPathFactory, corrections: list[dict[str, str]]

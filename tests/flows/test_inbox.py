@@ -1,5 +1,6 @@
 """An inbox: taken when it has settled, emptied only of what is safe elsewhere, nothing lost or twice in a kill."""
 
+import hashlib
 import json
 import os
 import signal
@@ -11,9 +12,10 @@ import pytest
 
 from flows import inbox as steps
 from flows.ingest import Added, add_from
+from flows.publication import check_publishable
 from flows.raw_log import read_changes
 from flows.sources import Folder
-from flows.workspace import WorkspaceError, find_workspace
+from flows.workspace import WorkspaceError, find_workspace, missing_in_remote
 from tasks.errors import DataError
 from tasks.layout import Layout
 from tests.conftest import Workspace
@@ -33,7 +35,7 @@ def add_remote(workspace: Workspace, remote: Path) -> None:
     """`dvc remote add --default`, without its second."""
     with (workspace.root / ".dvc" / "config").open("a") as config:
         config.write(f"    remote = storage\n['remote \"storage\"']\n    url = {remote}\n")
-    workspace.run("git", "commit", "--quiet", "--all", "--message", "Remote")
+    workspace.run("git", "commit", "--quiet", "--message", "Remote", "--", ".dvc/config")
 
 
 def add_upstream(workspace: Workspace, upstream: Path) -> None:
@@ -157,12 +159,33 @@ def test_a_version_is_on_the_remote_and_in_git_before_the_inbox_is_emptied(
         steps.secure(layout)
 
 
+def test_a_remote_that_fails_halfway_gets_the_rest_the_next_time(
+    workspace: Workspace, inbox: Path, tmp_path: Path
+) -> None:
+    add_remote(workspace, tmp_path / "storage")
+    obstacle = (
+        tmp_path / "storage" / "files" / "md5" / hashlib.md5((inbox / "cat" / "a.png").read_bytes()).hexdigest()[:2]
+    )
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("a file, so no folder for the images whose digest begins so")
+    layout = find_workspace(workspace.root)
+    before = workspace.run("git", "rev-parse", "HEAD").stdout
+    with pytest.raises(WorkspaceError, match=r"storage did not take the images(?s:.*)inbox keeps everything"):
+        ingest(layout, inbox, publish=True)
+    assert set(tree(inbox)) == set(DROPPED)
+    assert workspace.run("git", "rev-parse", "HEAD").stdout == before
+
+    obstacle.unlink()
+    _, emptied = ingest(layout, inbox, publish=True)
+    assert (emptied, tree(inbox), missing_in_remote(layout)) == (3, {}, [])
+
+
 def test_pointers_are_not_published_to_bytes_that_nobody_else_can_get(workspace: Workspace, tmp_path: Path) -> None:
     layout = find_workspace(workspace.root)
-    steps.check_publishable(layout)  # without an upstream a commit stays here
+    check_publishable(layout)  # without an upstream a commit stays here
     add_upstream(workspace, tmp_path / "upstream.git")
     with pytest.raises(WorkspaceError, match="dvc remote add -d"):
-        steps.check_publishable(layout)
+        check_publishable(layout)
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------

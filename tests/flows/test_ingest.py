@@ -196,7 +196,7 @@ NAMES = st.sampled_from(["a.png", "b.png", "c.png"])
 FOLDERS = st.dictionaries(st.tuples(st.sampled_from(["cat", "dog"]), NAMES), st.integers(0, 5), min_size=1, max_size=6)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(FOLDERS, min_size=1, max_size=3))
 def test_whatever_is_added_in_whatever_order_nothing_is_lost_or_twice(
     tmp_path_factory: pytest.TempPathFactory, folders: list[dict[tuple[str, str], int]]

@@ -1,21 +1,29 @@
 """What becomes of a bundle: each outcome of the gate with its consequence, on real bundles that tell colours apart."""
 
+import csv
 import json
+import shutil
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner, Result
 
 from deploy.bundle import read_bundle
+from deploy.errors import RegistryError
 from deploy.files import sha256_bytes, write_json
 from deploy.predictor import Predictor
 from deploy.registry import Registry
 from flows import promotion, reports
+from flows.cli import app
+from tasks.evaluation.robustness import robust_answers
 from tasks.layout import Layout
 from tests.conftest import Workspace
 from tests.deploy.tiny_bundle import LABELS, colour_image, encoded, write_colour_bundle
+from tests.tasks.test_evaluation import Page
 
 GOOD, SHARPER, WRONG = 8.0, 9.0, -8.0
 IMAGES_PER_CLASS = 60
@@ -42,6 +50,16 @@ def evaluated(layout: Layout, sharpness: float) -> None:
     labels = [Path(path).parts[0] for path in paths]
     layout.predictions.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"path": paths, "label": labels, "probabilities": list(probabilities)}), layout.predictions)
+    with Predictor(bundle) as predictor:
+        spoiled = robust_answers(predictor, [(layout.raw / path).read_bytes() for path in paths[::20]])
+    with layout.robustness.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "corruption", "label", "predicted"))
+        for corruption, found in spoiled.items():
+            writer.writerows(
+                (path, corruption, Path(path).parts[0], bundle.labels[column])
+                for path, column in zip(paths[::20], found, strict=True)
+            )
     layout.model_card.write_text("# A model of colours")
     accuracy = float(
         np.mean([bundle.labels[row.argmax()] == label for row, label in zip(probabilities, labels, strict=True)])
@@ -120,6 +138,40 @@ def test_a_forced_promotion_is_audited_and_a_rollback_undoes_it(layout: Layout) 
     assert told["decision"]["outcome"] == "refuse"
 
 
+def test_the_decision_is_told_as_json_and_as_a_page(layout: Layout) -> None:
+    evaluated(layout, GOOD)
+    promotion.judge(layout, promote=True)
+    assert "promoted: the first model" in layout.decision_page.read_text(encoding="utf-8")
+    evaluated(layout, WRONG)
+    verdict = promotion.judge(layout, promote=True)
+    told = json.loads(layout.decision.read_text(encoding="utf-8"))
+    assert (told["outcome"], told["version"], told["champion"]) == ("refuse", 2, 1)
+    assert told["reasons"] == list(verdict.reasons)
+    assert told["numbers"]["num_uses"] == 1
+    assert told["numbers"]["champion_robust_accuracy"] > told["numbers"]["robust_accuracy"]
+    assert any(reason.startswith("less robust") for reason in verdict.reasons)
+    text = layout.decision_page.read_text(encoding="utf-8")
+    assert Page(text).addresses == []
+    assert ">refused<" in text
+    assert "These test images have been used for\n1 verdict before" in text
+    assert "grün" in text
+
+
+def test_a_changed_test_set_and_changed_splits_are_told(layout: Layout) -> None:
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True)
+    (layout.raw / LABELS[0] / "0.png").unlink()
+    Workspace(layout.root, layout.root).set_param("seed", 7)
+    evaluated(layout, GOOD)
+    verdict = promotion.judge(layout, promote=True)
+    assert verdict.outcome == "promote"
+    assert [warning.split(";")[0] for warning in verdict.warnings] == [
+        "the test images are not those that the champion was first measured on",
+        "seed of params.yaml changed since the champion was trained, and with them the splits: it may have learnt some "
+        "of today's test images, which flatters it. Add fresh test images.",
+    ]
+
+
 def test_the_list_of_versions_tells_accuracy_and_what_was_said(layout: Layout) -> None:
     evaluated(layout, GOOD)
     promotion.judge(layout, promote=True)
@@ -130,6 +182,39 @@ def test_the_list_of_versions_tells_accuracy_and_what_was_said(layout: Layout) -
         (1, True, 1.0, "promoted"),
         (2, False, 0.0, "refused"),
     ]
+
+
+def test_who_was_champion_when_is_told(layout: Layout) -> None:
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True)
+    evaluated(layout, GOOD)
+    promotion.judge(layout, promote=True)
+    first, second = (event for event in Registry(layout.registry_dir).events() if event.kind == "promoted")
+
+    def versions(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["--root", str(layout.root), "versions", "--at", *arguments])
+
+    told = json.loads(versions(first.time, "--json").stdout)
+    assert (told["version"], told["since"], told["how"], told["warnings"]) == (1, first.time, "promoted", [])
+    text = versions(datetime.fromisoformat(second.time).isoformat(" ")).stdout
+    assert text.startswith("Version 2 was champion at ")
+    assert "better: accuracy" in text
+    assert "No version was champion" in versions("2001-02-03").stdout
+    assert versions("yesterday").exit_code == 2
+
+
+def test_a_lost_champion_stops_the_gate_and_a_forced_promotion_or_rollback_helps(layout: Layout) -> None:
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True)
+    evaluated(layout, GOOD)
+    promotion.judge(layout, promote=True)
+    shutil.rmtree(layout.registry_dir / "versions" / "2")
+    evaluated(layout, SHARPER)
+    with pytest.raises(RegistryError, match=r"version 2 is the champion, but .* is gone.*tanuki rollback"):
+        promotion.judge(layout, promote=True)
+    assert [(row["id"], row["champion"]) for row in reports.version_rows(layout)] == [(1, False), (3, False)]
+    assert promotion.force(layout, 3, reason="2 was lost") == "Version 3 is champion now, in place of version 2."
+    assert promotion.judge(layout, promote=True).outcome == "champion"
 
 
 def test_what_is_registered_stays_when_the_workspace_goes_on(layout: Layout) -> None:

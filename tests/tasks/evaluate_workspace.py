@@ -20,7 +20,7 @@ from tasks.params import Params
 SIZE_PX = 16
 FEATURE_DIM = 3 * 8 * 8
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-NAMES = ("null", "1e-3", "zwei 2", "Drei|3", "no", "fünf", "$six$", "七", "acht", "neun")  # of the digits 0 to 9
+NAMES = ("null", "1e-3", "zwei 2", "Drei|3", "no", "fünf", "$six$", "七", '<b>&"8"', "neun")  # of the digits 0 to 9
 
 
 def build_workspace(layout: Layout, params: Params, *, num_images: int = 500) -> Bundle:
@@ -44,7 +44,8 @@ def write_digits(layout: Layout, num_images: int) -> None:
         Image.fromarray((grey / 16 * 255).round().astype(np.uint8)).save(path)
         data = path.read_bytes()
         split: Split = "val" if number % 5 == 0 else "test" if number % 3 == 0 else "train"
-        facts = Facts(sha256_bytes(data), len(data), 8, 8, "L", "PNG", 1, 1, group=f"{number}")
+        brightness = float(grey.mean() / 16 * 255)
+        facts = Facts(sha256_bytes(data), len(data), 8, 8, "L", "PNG", 1, 1, brightness=brightness, group=f"{number}")
         rows.append(Row(path.relative_to(layout.raw).as_posix(), NAMES[digit], facts, split, False))
     write_manifest(layout.accepted, rows_to_frame(rows))
 

@@ -1,14 +1,13 @@
 """Exported graphs compute what was trained, hold nothing of the machine, and are the same bytes everywhere."""
 
 import json
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -233,10 +232,24 @@ def test_parity_finds_the_picture_on_which_a_graph_differs(whole: onnx.ModelProt
         return np.roll(reference(batch), 1, axis=1) if batch.shape[1] == 40 else reference(batch)
 
     good = measure_parity(images, reference, whole=sessions[0], front=sessions[1], back=sessions[2])
-    assert (good.num_images, good.top1_agreement) == (4, 1.0)
+    assert (good.num_images, good.num_sizes, good.top1_agreement) == (4, 8, 1.0)
     assert good.max_probability_difference < 1e-5
     bad = measure_parity(images, mistaken, whole=sessions[0], front=sessions[1], back=sessions[2])
     assert (bad.worst_image, bad.top1_agreement < 1) == (2, True)
+
+
+def test_parity_finds_a_graph_that_is_right_at_one_size_only(whole: onnx.ModelProto) -> None:
+    """All pictures have one size, as in many sets; the graph's answers are compared at another one too."""
+    sessions = [open_session(to_bytes(each)) for each in (whole, *cut_at_seam(whole))]
+    images = pictures((30, 30), (30, 30))
+
+    def reference(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = sessions[0].run(["probabilities"], {"images": np.ascontiguousarray(batch)})[0]
+        return found if batch.shape[1] == batch.shape[2] else np.roll(found, 1, axis=1)
+
+    parity = measure_parity(images, reference, whole=sessions[0], front=sessions[1], back=sessions[2])
+    assert parity.num_sizes == 2
+    assert parity.top1_agreement < 1
 
 
 @pytest.fixture
@@ -301,11 +314,29 @@ def test_a_bundle_tells_its_lineage_and_not_whose_machine_it_came_from(
     lineage = verify_bundle(workspace.bundle_dir).lineage
     assert (lineage["architecture"], lineage["licence"], lineage["kept_stages"]) == (ARCHITECTURE, "MIT", [])
     assert lineage["backbone_source"] == "file:weights.safetensors"
-    model = onnx.load(workspace.bundle_dir / "model.onnx")
-    assert json.loads(metadata(model)["labels"]) == list(LABELS)
-    assert json.loads(metadata(model)["manifest_sha256"]) == sha256_bytes(workspace.accepted.read_bytes())
+    for name in ("model.onnx", "front.onnx", "back.onnx"):
+        told = {key: json.loads(value) for key, value in metadata(onnx.load(workspace.bundle_dir / name)).items()}
+        assert told.items() >= lineage.items()
+        assert (told["labels"], told["bundle_format_version"]) == (list(LABELS), 2)
+        assert told["manifest_sha256"] == sha256_bytes(workspace.accepted.read_bytes())
+        assert "central square" in told["preprocessing"]
     for path in workspace.bundle_dir.rglob("*"):
         assert path.is_dir() or not any(mark in path.read_bytes() for mark in (b"somebody", bytes(workspace.root)))
+
+
+def test_the_class_map_version_follows_the_classes_numbers_and_nothing_else(
+    workspace: Layout, params: ExportOnnxParams
+) -> None:
+    def version(class_ids: dict[str, int], rows: pd.DataFrame) -> str:
+        write_manifest(workspace.accepted, rows.assign(class_id=rows["label"].map(class_ids)))
+        export_onnx.run(workspace, export_onnx=params)
+        return str(verify_bundle(workspace.bundle_dir).lineage["class_map_version"])
+
+    rows = read_manifest(workspace.accepted)
+    ids = {label: number for number, label in enumerate(LABELS)}
+    first = version(ids, rows)
+    assert version(ids, rows.iloc[1:].reset_index(drop=True)) == first
+    assert version({**ids, "kite": 7}, rows) != first
 
 
 def test_the_same_workspace_makes_the_same_bundle(workspace: Layout, params: ExportOnnxParams) -> None:
@@ -323,18 +354,16 @@ def test_golden_pictures_cover_every_class_first(workspace: Layout, params: Expo
     assert (len(golden), labels) == (4, set(LABELS))
 
 
-def test_a_head_only_export_imports_no_torch(workspace: Layout, repository: Path) -> None:
-    write_bytes(workspace.params, (repository / "params.yaml").read_bytes())
-    code = (
-        "import sys; sys.argv[1:] = ['export_onnx', '--root', sys.argv[1]]\n"
-        "from tasks.__main__ import main\n"
-        "assert main() == 0\n"
-        "print(sorted({'torch', 'torchvision', 'onnxscript'} & set(sys.modules)))"
-    )
-    command = [sys.executable, "-c", code, str(workspace.root)]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
-    assert json.loads(workspace.report("export_onnx").read_text())["path"] == "head"
+def test_trunk_and_probe_spliced_answer_as_torch_does(
+    workspace: Layout, network: Network, head: Head, params: ExportOnnxParams
+) -> None:
+    export_onnx.run(workspace, export_onnx=params)
+    images = np.stack(pictures((40, 50), (40, 50), (40, 50)))
+    pixels = torch.from_numpy(torch_preprocessing(images, SIZE_PX, 0.875))
+    with torch.inference_mode():
+        expected = head.probabilities(network(pixels).numpy())
+    found = open_session(workspace.bundle_dir / "model.onnx").run(["probabilities"], {"images": images})[0]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_a_kept_stage_is_exported_from_torch_and_carries_its_own_head(
@@ -359,6 +388,83 @@ def test_a_kept_stage_is_exported_from_torch_and_carries_its_own_head(
     with torch.inference_mode():
         expected = own_head.probabilities(tuned(torch.from_numpy(pixels)).numpy())
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.fixture
+def with_validation(workspace: Layout) -> Layout:
+    """The same workspace, half of its training images for validation."""
+    rows = read_manifest(workspace.accepted)
+    train = rows.index[rows["split"] == "train"]
+    rows.loc[train[::2], "split"] = "val"
+    write_manifest(workspace.accepted, rows)
+    return workspace
+
+
+def asked(params: ExportOnnxParams, **update: object) -> ExportOnnxParams:
+    """int8 wanted, whatever it does to accuracy and however fast it is here, unless told otherwise."""
+    lenient = {"int8": "auto", "int8_calibration_images": 4, "int8_max_accuracy_loss": 1.0, "int8_min_speedup": 0.0}
+    return params.model_copy(update={**lenient, **update})
+
+
+def test_an_int8_variant_that_passes_answers_and_fp32_stays(with_validation: Layout, params: ExportOnnxParams) -> None:
+    export_onnx.run(with_validation, export_onnx=params)
+    graphs = ("model.onnx", "front.onnx", "back.onnx")
+    fp32 = [(with_validation.bundle_dir / name).read_bytes() for name in graphs]
+    report = export_onnx.run(with_validation, export_onnx=asked(params)).int8
+    assert report is not None
+    assert (report.chosen, report.num_val) == (True, 6)
+    rows = read_manifest(with_validation.accepted)
+    assert set(report.calibration) <= set(rows.loc[rows["split"] == "train", "sha256"])
+    assert len(report.calibration) == 4
+    bundle = verify_bundle(with_validation.bundle_dir)
+    assert (bundle.precision, bundle.back_path.name) == ("int8", "back.int8.onnx")
+    assert [(with_validation.bundle_dir / name).read_bytes() for name in graphs] == fp32
+    assert json.loads(metadata(onnx.load(bundle.back_path))["labels"]) == list(LABELS)
+    with Predictor(bundle) as predictor:
+        answers = predictor.predict(pictures((40, 40), (30, 50)))
+    assert answers.probabilities.shape == (2, len(LABELS))
+    np.testing.assert_allclose(answers.probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+def test_int8_that_is_not_faster_or_cannot_be_judged_leaves_the_bundle_as_it_is_without(
+    with_validation: Layout, params: ExportOnnxParams
+) -> None:
+    without = export_onnx.run(with_validation, export_onnx=params)
+    assert without.int8 is None
+    for update, why in (
+        ({"int8_min_speedup": 1e9}, "not 1000000000.0 times as fast"),
+        ({"int8_max_accuracy_loss": 0.01}, "6 validation images cannot show a loss of 0.01"),
+    ):
+        report = export_onnx.run(with_validation, export_onnx=asked(params, **update))
+        assert report.int8 is not None
+        assert not report.int8.chosen
+        assert why in report.int8.reason
+        assert report.bundle_digest == without.bundle_digest
+
+
+def test_quantisation_keeps_what_no_convolution_follows_in_float_and_is_the_same_twice(whole: onnx.ModelProto) -> None:
+    from tasks.export.quantisation import compare, kept_in_float, quantised
+
+    _, back = cut_at_seam(whole)
+    pixels = np.random.default_rng(0).standard_normal((8, 1, 3, SIZE_PX, SIZE_PX), dtype=np.float32)
+    first, second = (quantised(back, iter(pixels)) for _ in range(2))
+    assert to_bytes(first) == to_bytes(second)
+    assert [(entry.domain, entry.version) for entry in first.opset_import] == [("", OPSET)]
+    assert b"/tmp" not in to_bytes(first)
+    convolutions = [node for node in first.graph.node if node.op_type == "Conv"]
+    made_by = {name: node.op_type for node in first.graph.node for name in node.output}
+    assert {made_by.get(node.input[1]) for node in convolutions} == {"DequantizeLinear"}
+    weights = {item.name: onnx.numpy_helper.to_array(item) for item in first.graph.initializer}
+    integers = [each for each in weights.values() if each.dtype == np.int8 and each.size > 1]
+    assert max(np.abs(each.astype(int)).max() for each in integers) <= 64  # nothing saturates without VNNI
+    gemm = next(node for node in first.graph.node if node.op_type == "Gemm")
+    assert made_by.get(gemm.input[1]) is None
+    assert any(name.startswith("head/") for name in kept_in_float(back.graph))
+    sessions = open_session(to_bytes(back)), open_session(to_bytes(first))
+    found = compare(*sessions, pixels, np.zeros(8, np.int64))
+    assert found.agreement >= 0.75
+    for batch in (1, 2, 7):
+        assert sessions[1].run(["embedding"], {"pixels": np.zeros((batch, 3, SIZE_PX, SIZE_PX), np.float32)})
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Views, the feature store, and the stage cache_features on real files."""
 
-import json
 import logging
 import os
 import signal
@@ -15,14 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from ruamel.yaml import YAML
 
-from deploy.files import sha256_bytes
+from deploy.files import sha256_bytes, write_bytes
 from tasks import cache_features
-from tasks.data.feature_store import FeatureStore, Key, Space, open_store, writing
-from tasks.data.features import feature_space, load_features
+from tasks.data.feature_store import FeatureStore, Key, Part, Space, adding, open_store, writing
+from tasks.data.features import STORE_CARD, feature_space, load_features, read_engine, write_engine
 from tasks.data.manifest import read_manifest
 from tasks.data.views import apply_view, training_views, view_names
-from tasks.errors import DataError, StoreError
+from tasks.errors import BackboneError, DataError, StoreError
 from tasks.layout import Layout
 from tasks.models.backbone_card import read_card
 from tests.tasks.feature_workspaces import (
@@ -44,7 +44,8 @@ def run(layout: Layout, **changes: object) -> cache_features.CacheFeaturesReport
 
 
 def store_of(layout: Layout) -> FeatureStore:
-    return open_store(layout.features_dir, feature_space(read_card(layout.backbone_card)))
+    space = feature_space(read_card(layout.backbone_card), read_engine(layout.features_dir))
+    return open_store(layout.features_dir, space)
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -265,13 +266,13 @@ class TestCacheFeatures:
         sha, card = sha256_bytes(path.read_bytes()), read_card(layout.backbone_card)
         image = np.asarray(Image.open(path))
         crop = apply_view(image, "crop-1", key=sha, min_area_fraction=0.5, hflip=False)
-        extractor = cache_features._open_extractor(layout, card, AUGMENT)
+        extractor = cache_features._open_extractor(layout, card, "onnxruntime", AUGMENT)
         for view, shown, session in (
             ("centre", image, extractor.preprocess),
             ("crop-1@0.5", crop, extractor.preprocess_crop),
         ):
             pixels = session.run(["pixels"], {"images": shown[None]})[0]
-            expected = extractor.trunk.run(["embedding"], {"pixels": pixels})[0]
+            expected = extractor.engine.forward(pixels)
             np.testing.assert_allclose(load_features(layout.features_dir, card, [sha], [view]), expected, rtol=1e-3)
 
     def test_load_features_gives_views_one_after_the_other(self, layout: Layout) -> None:
@@ -297,13 +298,58 @@ class TestCacheFeatures:
         shift_stored_features(layout, 1.05)
         report = run(layout)
         assert (report.stale, report.extracted) == (4, 32)
-        assert "4 of 4 stored features are not what the backbone gives now" in caplog.text
+        assert "4 of 4 stored features are not what the backbone gives now, of " in caplog.text
+        assert caplog.text.count(".png (view ") == 4
         assert contents(layout.features_dir) == before
 
     def test_recheck_bears_the_rounding_of_float16(self, layout: Layout) -> None:
         run(layout)
         shift_stored_features(layout, 1.0005)
         assert run(layout).stale == 0
+
+    def test_one_stale_entry_is_found_where_it_is_looked_at(self, layout: Layout) -> None:
+        run(layout)
+        before = contents(layout.features_dir)
+        shift_stored_features(layout, 1.05, only=1)
+        report = run(layout, recheck=32)
+        assert (report.stale, report.extracted) == (1, 32)
+        assert contents(layout.features_dir) == before
+
+    def test_weights_swapped_under_the_same_name_are_refused_and_nothing_is_stored(self, layout: Layout) -> None:
+        write_bytes(layout.trunk_onnx, trunk_graph(seed=1).SerializeToString())
+        with pytest.raises(BackboneError, match=r"trunk\.onnx: not what backbone\.json speaks of.*fetch_backbone"):
+            run(layout)
+        assert not layout.features_dir.exists()
+
+    def test_readers_follow_the_engine_that_filled_the_store(self, layout: Layout) -> None:
+        run(layout)
+        card, images = read_card(layout.backbone_card), read_manifest(layout.accepted)
+        shas = images["sha256"].tolist()[:3]
+        other = feature_space(card, "openvino-cpu-bfloat16")
+        with writing(layout.features_dir, other) as store:
+            store.append([Key(sha, "centre") for sha in shas], np.full((3, card.feature_dim), 7.0))
+        assert not (load_features(layout.features_dir, card, shas) == 7).any()
+        write_engine(layout.features_dir, other.engine)
+        assert (load_features(layout.features_dir, card, shas) == 7).all()
+        run(layout)
+        assert not (load_features(layout.features_dir, card, shas) == 7).any()
+
+    def test_a_store_of_another_format_is_left_alone_and_says_what_to_do(self, layout: Layout) -> None:
+        run(layout)
+        (layout.features_dir / STORE_CARD).write_text('{"format_version": 2, "engine": "x"}')
+        before = contents(layout.features_dir)
+        with pytest.raises(StoreError, match=r"format version 2; this code reads 1\. Delete .*, which loses only time"):
+            run(layout)
+        assert contents(layout.features_dir) == before
+        (layout.features_dir / STORE_CARD).unlink()  # as stores were before they had a card
+        assert run(layout).extracted == 0
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (3000, 2)])
+    def test_pictures_of_any_shape_have_features(self, layout: Layout, size: tuple[int, int]) -> None:
+        Image.new("RGB", size, "red").save(layout.raw / "ant" / "00010.png")
+        put_manifest(layout)
+        report = run(layout)
+        assert report.extracted == 34
 
     def test_missing_files_are_all_named_before_any_work(self, layout: Layout) -> None:
         for name in ("ant/00000.png", "bee/00003.png"):
@@ -344,11 +390,76 @@ class TestCacheFeatures:
         assert contents(layout.features_dir) == before
 
 
-def shift_stored_features(layout: Layout, factor: float) -> None:
-    """Rewrites the store, digests and all, as if another backbone had filled it under this one's name."""
+class TestParts:
+    def test_every_image_is_in_one_part_and_no_two_parts_write_one_file(self) -> None:
+        shas = [f"{sha256_bytes(bytes([number]))}" for number in range(200)]
+        for count in (1, 2, 5):
+            parts = [Part(index, count) for index in range(1, count + 1)]
+            assert all(sum(sha in part for part in parts) == 1 for sha in shas)
+            for last in range(12):
+                numbers = [part.next_number(last) for part in parts]
+                assert sorted(numbers) == list(range(last + 1, last + 1 + count))
+
+    def test_parts_at_the_same_time_store_what_one_process_stores(
+        self, layout: Layout, repository: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        alone = make_workspace(tmp_path_factory.mktemp("alone"), {"ant": 10, "bee": 10})
+        run(alone)
+        put_params(layout, repository)
+        done = [part_process(layout, repository, part) for part in ("1/2", "2/2")]
+        assert [process.wait() for process in done] == [0, 0]
+        assert run(layout).extracted == 0
+        keys = sorted(store_of(alone).rows)
+        assert sorted(store_of(layout).rows) == keys
+        np.testing.assert_array_equal(store_of(layout).gather(keys), store_of(alone).gather(keys))
+
+    def test_doing_a_part_again_does_nothing_and_a_damaged_one_is_mended(self, layout: Layout) -> None:
+        part = Part(1, 2)
+        num_rows = cache_features.run_part(layout, part, features=FEATURES, augment=AUGMENT)
+        before = contents(layout.features_dir)
+        assert cache_features.run_part(layout, part, features=FEATURES, augment=AUGMENT) == 0
+        assert contents(layout.features_dir) == before
+        hurt(next(layout.features_dir.rglob("[0-9]*.npy")), "flipped")
+        assert cache_features.run_part(layout, part, features=FEATURES, augment=AUGMENT) == num_rows
+        assert run(layout).extracted == 32 - num_rows
+
+    def test_parts_do_not_wait_for_each_other_and_who_needs_the_store_alone_does(self, tmp_path: Path) -> None:
+        one, other = (Part(1, 2), Part(2, 2))
+        with adding(tmp_path, SPACE, one) as first, adding(tmp_path, SPACE, other, wait_s=0) as second:
+            first.append(keys_of(1), np.ones((1, 3)))
+            second.append(keys_of(1, start=1), np.full((1, 3), 2.0))
+            with pytest.raises(StoreError, match="being written by another process"):  # noqa: SIM117
+                with writing(tmp_path, SPACE, wait_s=0.05):
+                    pass
+        with writing(tmp_path, SPACE) as store:
+            np.testing.assert_array_equal(store.gather(keys_of(2))[:, 0], [1, 2])
+
+    def test_a_part_that_does_not_exist_is_wrong_usage(self, layout: Layout, repository: Path) -> None:
+        for words in (["cache_features", "--part", "3/2"], ["train_head", "--part", "1/2"]):
+            command = [sys.executable, "-m", "tasks", *words, "--root", str(layout.root)]
+            assert subprocess.run(command, cwd=repository, capture_output=True, check=False).returncode == 2
+
+
+def put_params(layout: Layout, repository: Path) -> None:
+    """params.yaml with what `run` is given here."""
+    yaml = YAML()
+    values = yaml.load((repository / "params.yaml").read_text())
+    values["features"].update(FEATURES.model_dump())
+    values["augment"].update(AUGMENT.model_dump())
+    yaml.dump(values, layout.params)
+
+
+def part_process(layout: Layout, repository: Path, part: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "tasks", "cache_features", "--part", part, "--root", str(layout.root)]
+    return subprocess.Popen(command, cwd=repository, stderr=subprocess.DEVNULL)
+
+
+def shift_stored_features(layout: Layout, factor: float, *, only: int | None = None) -> None:
+    """Rewrites the store, digests and all, as if another backbone had filled it (or its first rows) under this name."""
     old = store_of(layout)
     keys = list(old.rows)
-    features = old.gather(keys) * factor
+    features = old.gather(keys)
+    features[:only] *= factor
     with writing(layout.features_dir, old.space) as store:
         store.drop_all()
         store.append(keys, features)
@@ -374,16 +485,3 @@ def test_a_kill_in_the_middle_loses_at_most_what_was_not_committed(tmp_path: Pat
     report = run(killed)
     assert (report.extracted, report.reused) == (1920 - survived, survived)
     assert (report.stale, len(store_of(killed))) == (0, 1920)
-
-
-def test_the_stages_on_features_import_no_torch() -> None:
-    script = "import sys, tasks.cache_features, tasks.train_head; print(json.dumps(sorted(sys.modules)))"
-    result = subprocess.run(
-        [sys.executable, "-c", f"import json; {script}"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    loaded = set(json.loads(result.stdout))
-    assert not loaded & {"torch", "torchvision", "sklearn", "prefect"}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -102,7 +102,6 @@ def facts(layout: Layout) -> dict[str, Any]:
 # Schedule
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.floats(1e-6, 1.0), st.floats(0.01, 1.0))
 def test_learning_rates_never_fall_towards_the_head(num_groups: int, base_lr: float, layer_decay: float) -> None:
     rates = layer_group_learning_rates(num_groups, base_lr, layer_decay)
@@ -116,7 +115,6 @@ def test_a_layer_decay_outside_0_to_1_is_refused() -> None:
         layer_group_learning_rates(3, 1e-3, 1.5)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 500), st.floats(0, 1))
 def test_the_schedule_rises_once_falls_once_and_never_stops_learning(steps: int, warmup_fraction: float) -> None:
     factors = [warmup_cosine(step, steps=steps, warmup_fraction=warmup_fraction) for step in range(steps)]

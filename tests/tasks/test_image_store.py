@@ -62,7 +62,7 @@ def is_tree(paths: dict[str, bytes]) -> bool:
     return not any(other.startswith(f"{path}/") for path in paths for other in paths)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     files=st.dictionaries(PATHS, st.binary(max_size=1500), max_size=8).filter(is_tree),
     empty=st.lists(st.tuples(FOLDERS, FOLDERS).map("/".join), max_size=2),

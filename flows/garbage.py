@@ -1,0 +1,129 @@
+"""What the feature store holds that nothing needs any more: behind `tanuki gc`.
+
+Needed are the features of the images of the current manifest under the current backbone, and those of every registry
+version: its images under its backbone, read from DVC's cache by the hashes in its lineage. So going back to any of them
+costs no forward. The store is all that is touched: DVC's cache has `dvc gc`, Prefect's database its own retention.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.registry import Registry
+from flows.workspace import WorkspaceError, dvc
+from tasks.data.feature_store import Orphans, Space, drop_orphans
+from tasks.data.manifest import read_manifest
+from tasks.errors import BackboneError, DataError
+from tasks.layout import Layout
+from tasks.models.backbone_card import read_card
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What of a space tells whose features it holds; of whichever engine, and in whichever views, they are kept."""
+
+    trunk_sha256: str
+    preprocessing_sha256: str
+
+
+@dataclass(frozen=True)
+class GarbageReport:
+    """What was taken out, or would be.
+
+    Args:
+        dry_run: Whether it is only told.
+        orphans: Of each space that has some.
+    """
+
+    dry_run: bool
+    orphans: tuple[Orphans, ...]
+
+    def text(self) -> str:
+        """The report for a person."""
+        if not self.orphans:
+            return "Every stored feature is needed by the current images or by a version of the registry."
+        rows, freed = (sum(getattr(each, name) for each in self.orphans) for name in ("rows", "freed_bytes"))
+        lines = [
+            f"{each.rows:>9,} of {each.of_rows:,} features of backbone {each.space.trunk_sha256[:12]} "
+            f"({each.space.engine}): {each.freed_bytes / 1e6:,.1f} MB"
+            for each in self.orphans
+        ]
+        total = f"{rows:,} features that nothing needs, {freed / 1e6:,.1f} MB"
+        if self.dry_run:
+            return "\n".join([*lines, f"Would free {total}. Without --dry-run it does."])
+        return "\n".join([*lines, f"Freed {total}. The next `tanuki retrain` looks at the store again, in seconds."])
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def collect_garbage(layout: Layout, *, dry_run: bool, forget: Collection[int] = ()) -> GarbageReport:
+    """Takes out of data/features what neither the current manifest nor a registry version needs.
+
+    Args:
+        layout: The workspace, held by the caller.
+        dry_run: Only tell.
+        forget: Registry versions whose features may go.
+
+    Raises:
+        WorkspaceError: If DVC's cache lacks what tells a version's images or backbone; names all such versions.
+        StoreError: If the store is being written or does not tell what it holds.
+    """
+    needed: defaultdict[Backbone, set[str]] = defaultdict(set)
+    if layout.accepted.is_file() and layout.backbone_card.is_file():
+        needed[_backbone(layout.backbone_card)] |= _images(layout.accepted)
+    for backbone, images in _needs_of_versions(layout, forget):
+        needed[backbone] |= images
+
+    def images_of(space: Space) -> set[str]:
+        return needed.get(Backbone(space.trunk_sha256, space.preprocessing_sha256), set())
+
+    return GarbageReport(dry_run, tuple(drop_orphans(layout.features_dir, images_of, dry_run=dry_run)))
+
+
+def _needs_of_versions(layout: Layout, forget: Collection[int]) -> list[tuple[Backbone, set[str]]]:
+    """Backbone and images of every version."""
+    registry = Registry(layout.registry_dir)
+    versions = [version.id for version in registry.versions() if version.id not in forget]
+    if not versions:
+        return []
+    cache = Path(dvc(layout, "cache", "dir")) / "files" / "md5"
+    needs, lost = [], []
+    for version in versions:
+        hashes = registry.registered_lineage(version).get("dvc_outputs", {})
+        try:
+            manifest = _cached(cache, hashes[_relative(layout, layout.accepted)])
+            folder = json.loads(_cached(cache, hashes[_relative(layout, layout.backbone_dir)]).read_bytes())
+            card = next(entry["md5"] for entry in folder if entry["relpath"] == layout.backbone_card.name)
+            needs.append((_backbone(_cached(cache, card)), _images(manifest)))
+        except (OSError, ValueError, KeyError, StopIteration, BackboneError, DataError):
+            lost.append(version)
+    if lost:
+        names = ", ".join(map(str, lost))
+        raise WorkspaceError(
+            f"DVC's cache lacks the manifest or the backbone of version(s) {names}, so nobody can tell which features "
+            f"they need; nothing was changed. Bring them back (`dvc fetch` at the version's git commit, see `tanuki "
+            f"lineage {lost[0]}`), or let their features go: `tanuki gc {' '.join(f'--forget {id_}' for id_ in lost)}`."
+        )
+    return needs
+
+
+def _relative(layout: Layout, path: Path) -> str:
+    return path.relative_to(layout.root).as_posix()
+
+
+def _cached(cache: Path, md5: str) -> Path:
+    """Where DVC's cache keeps the bytes of a hash."""
+    return cache / md5[:2] / md5[2:]
+
+
+def _backbone(card_path: Path) -> Backbone:
+    card = read_card(card_path)
+    return Backbone(card.trunk_sha256, card.preprocessing_sha256)
+
+
+def _images(manifest: Path) -> set[str]:
+    return set(read_manifest(manifest)["sha256"].astype(str))

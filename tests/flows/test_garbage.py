@@ -1,0 +1,124 @@
+"""`tanuki gc`: what goes and what never does, on a real store, a real registry and DVC's real cache."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+
+from deploy.bundle import read_bundle
+from deploy.registry import Registry
+from flows.garbage import collect_garbage
+from flows.workspace import WorkspaceError
+from tasks import cache_features
+from tasks.data.feature_store import FeatureStore, drop_orphans, open_store, writing
+from tasks.data.features import feature_space, read_engine
+from tasks.data.manifest import read_manifest
+from tasks.layout import Layout
+from tasks.models.backbone_card import read_card
+from tests.conftest import Workspace
+from tests.deploy.tiny_bundle import write_colour_bundle
+from tests.flows.kill_garbage import KEYS, SPACE
+from tests.tasks.feature_workspaces import AUGMENT, FEATURES, make_workspace, put_backbone, put_manifest, trunk_graph
+
+
+def extract(layout: Layout) -> int:
+    return cache_features.run(layout, features=FEATURES, augment=AUGMENT).extracted
+
+
+def store_of(layout: Layout) -> FeatureStore:
+    space = feature_space(read_card(layout.backbone_card), read_engine(layout.features_dir))
+    return open_store(layout.features_dir, space)
+
+
+def register(layout: Layout, workspace: Workspace, sharpness: float) -> int:
+    """A version whose lineage names the manifest and the backbone as they are, kept in DVC's cache."""
+    kept = layout.root / "kept"
+    shutil.copytree(layout.backbone_dir, kept / "backbone")
+    shutil.copy(layout.accepted, kept)
+    workspace.dvc("add", "--quiet", kept / layout.accepted.name, kept / "backbone")
+    pointers = [kept / "accepted.parquet.dvc", kept / "backbone.dvc"]
+    hashes = [YAML(typ="safe").load(path)["outs"][0]["md5"] for path in pointers]
+    outputs = dict(zip(("data/manifest/accepted.parquet", "data/backbone"), hashes, strict=True))
+    write_colour_bundle(layout.bundle_dir, sharpness=sharpness)
+    assert read_bundle(layout.bundle_dir)
+    return Registry(layout.registry_dir).register(layout.bundle_dir, {"dvc_outputs": outputs}).id
+
+
+@pytest.fixture
+def layout(workspace: Workspace) -> Layout:
+    return make_workspace(workspace.root, {"ant": 10, "bee": 10})  # 32 features
+
+
+def test_it_keeps_what_the_manifest_or_a_version_needs_and_drops_the_rest(layout: Layout, workspace: Workspace) -> None:
+    extract(layout)
+    first = register(layout, workspace, 8.0)
+    removed = layout.raw / "ant" / "00000.png"
+    sha = read_manifest(layout.accepted).set_index("path").loc["ant/00000.png", "sha256"]
+    picture = removed.read_bytes()
+    removed.unlink()
+    put_manifest(layout)
+    assert collect_garbage(layout, dry_run=False).orphans == ()  # the version needs its picture and its backbone
+    put_backbone(layout, trunk_graph(seed=1))
+    extract(layout)  # 30 features of another backbone
+    other = store_of(layout)
+    put_backbone(layout, trunk_graph())
+    before = {path: path.read_bytes() for path in layout.features_dir.rglob("*") if path.is_file()}
+
+    told = collect_garbage(layout, dry_run=True)
+    assert [(each.rows, each.of_rows) for each in told.orphans] == [(30, 30)]
+    assert "Would free 30 features" in told.text()
+    assert {path: path.read_bytes() for path in layout.features_dir.rglob("*") if path.is_file()} == before
+    done = collect_garbage(layout, dry_run=False)
+    assert done.orphans == told.orphans
+    assert not other.directory.exists()
+    assert done.orphans[0].freed_bytes == sum(
+        len(data) for path, data in before.items() if path.parent == other.directory and path.name != "space.json"
+    )
+    assert extract(layout) == 0
+
+    forgotten = collect_garbage(layout, dry_run=False, forget=[first])
+    assert [(each.rows, each.of_rows) for each in forgotten.orphans] == [(2, 32)]
+    assert all(key.image_sha256 != sha for key in store_of(layout).rows)
+    assert extract(layout) == 0
+    removed.write_bytes(picture)
+    put_manifest(layout)
+    assert extract(layout) == 2
+    assert collect_garbage(layout, dry_run=False, forget=[first]).text().startswith("Every stored feature is needed")
+
+
+def test_a_version_that_nobody_can_tell_the_needs_of_stops_it(layout: Layout, workspace: Workspace) -> None:
+    extract(layout)
+    version = register(layout, workspace, 8.0)
+    (cache,) = (path for path in (workspace.root / ".dvc" / "cache").rglob("*.dir"))
+    cache.unlink()
+    with pytest.raises(WorkspaceError, match=rf"version\(s\) {version}.*nothing was changed.*--forget {version}`"):
+        collect_garbage(layout, dry_run=False)
+    told = json.loads(workspace.tanuki("gc", "--dry-run", "--forget", str(version), "--json").stdout)
+    assert told == {"dry_run": True, "orphans": []}
+
+
+def test_shards_that_hold_both_are_written_anew_with_the_same_values(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float16)
+    with writing(tmp_path, SPACE) as store:
+        for start in (0, 2, 4):
+            store.append(KEYS[start : start + 2], values[start : start + 2])
+        untouched = (store.directory / "000001.npy").read_bytes()
+    kept = [0, 1, 3]  # the first shard is whole, one row of the second is needed, none of the third
+    (orphans,) = drop_orphans(tmp_path, lambda _: {KEYS[row].image_sha256 for row in kept}, dry_run=False)
+    store = open_store(tmp_path, SPACE)
+    assert (orphans.rows, orphans.of_rows, len(store)) == (3, 6, 3)
+    np.testing.assert_array_equal(store.gather([KEYS[row] for row in kept]), values[kept].astype(np.float32))
+    assert (store.directory / "000001.npy").read_bytes() == untouched
+    assert sorted(path.name for path in store.directory.glob("*.npy")) == ["000001.npy", "000004.npy"]
+
+
+def test_a_kill_at_any_step_loses_nothing_that_is_needed(tmp_path: Path, repository: Path) -> None:
+    command = [sys.executable, "-m", "tests.flows.kill_garbage", str(tmp_path / "features")]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 15
