@@ -127,7 +127,9 @@ class InferenceService:
         model = models.resolve(request.model_name, request.model_version)
         asked = self._understood(request)
         limits = [limit for limit in (asked.timeout_s, context.time_remaining()) if limit is not None]
-        outcomes = await self.service.answer(model, asked.pictures, timeout_s=min(limits, default=None))
+        outcomes = await self.service.answer(
+            model, asked.pictures, request_id=asked.id, timeout_s=min(limits, default=None)
+        )
         outputs = outputs_of(asked.outputs, outcomes, model)
         return self.types["ModelInferResponse"](
             model_name=models.name,

@@ -50,6 +50,7 @@ class Metrics:
         self._batch = Histogram("tanuki_batch_pictures", "Pictures in a batch.", buckets=PICTURES, registry=registry)
         self._pictures = Counter("tanuki_pictures", "Pictures taken up, by version.", ["version"], registry=registry)
         self._reloads = Counter("tanuki_reloads", "New champions, by outcome.", ["outcome"], registry=registry)
+        self._captured = Counter("tanuki_captured", "Answers kept for drift, or dropped.", ["fate"], registry=registry)
         for outcome in ("swapped", "refused"):
             self._reloads.labels(outcome)
         Gauge("tanuki_waiting_pictures", "Pictures that wait or are worked on.", registry=registry).set_function(
@@ -82,6 +83,10 @@ class Metrics:
     def reload(self, outcome: str) -> None:
         """Counts a champion that was taken over, or refused."""
         self._reloads.labels(outcome).inc()
+
+    def captured(self, fate: str, rows: int) -> None:
+        """Counts answers that were kept for drift, or dropped."""
+        self._captured.labels(fate).inc(rows)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

@@ -67,7 +67,9 @@ async def infer(call: Call) -> Reply:
     )
     is_small = json_length(header, len(body)) <= LARGE_JSON_BYTES
     request: InferRequest = parse(body, header) if is_small else await call.aside(parse, body, header)
-    outcomes = await call.unless_left(service.answer(model, request.pictures, timeout_s=request.timeout_s))
+    outcomes = await call.unless_left(
+        service.answer(model, request.pictures, request_id=request.id or call.id, timeout_s=request.timeout_s)
+    )
     answer, length = render_infer(request, outputs_of(request.outputs, outcomes, model), model, service.models.name)
     if length is None:
         return Reply(answer)

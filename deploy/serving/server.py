@@ -94,6 +94,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._have_head()
+        self._unset_keepalive_if_required()  # left running after a reset, it would hold the connection for its time
         super().connection_lost(exc)
 
     def _await_head(self) -> None:

@@ -33,6 +33,11 @@ class Settings:
     max_connections: Annotated[int, "open connections; above it clients are told 503"] = 1024
     timeout_s: Annotated[float, "seconds until a request is given up, unless it asks for less"] = 30
     body_timeout_s: Annotated[float, "seconds for a client to send its request"] = 30
+    capture_dir: Annotated[Path | None, "folder for a sample of the answers as Parquet; none is kept, if not given"] = (
+        None
+    )
+    capture_fraction: Annotated[float, "share of the answers that is kept"] = 0.1
+    capture_mb: Annotated[float, "the folder's size, 10^6 bytes; above it the oldest files go"] = 256
     notice_s: Annotated[float, "after SIGTERM, not ready any more: seconds in which clients are told to leave"] = 1
     grace_s: Annotated[float, "after that: seconds for what is under way"] = 20
     log_requests: Annotated[bool, "a line for each request, not only for those that fail"] = False
