@@ -1,11 +1,12 @@
 """The bundle: a folder that holds all that answering needs, and can prove that it is whole.
 
-    model.onnx    the whole graph: images uint8 (N, H, W, 3) → probabilities (N, C) and embedding (N, D)
-    front.onnx    its first half, a picture at a time: images → pixels float32 (N, 3, S, S)
-    back.onnx     its second half, a batch at a time: pixels → probabilities and embedding
-    bundle.json   format version, labels, signature, preprocessing, lineage, the digest of every other file and its own
-    golden/       a few encoded pictures and, in golden.json, what this bundle answered for them (deploy/golden.py)
-    bundle.sig    where somebody signed it (deploy/signing.py)
+    model.onnx      the whole graph: images uint8 (N, H, W, 3) → probabilities (N, C) and embedding (N, D)
+    front.onnx      its first half, a picture at a time: images → pixels float32 (N, 3, S, S)
+    back.onnx       its second half, a batch at a time: pixels → probabilities and embedding
+    back.int8.onnx  what answers instead of back.onnx, where the bundle answers in int8
+    bundle.json     format version, labels, signature, preprocessing, precision, lineage, digests of all files, its own
+    golden/         a few encoded pictures, and what this bundle answered for them (deploy/golden.py)
+    bundle.sig      where somebody signed it (deploy/signing.py)
 
 A graph's metadata_props say what matters of bundle.json, so that a lone file tells what it is. Nothing is unpickled,
 and no session opens a graph before all of the bundle was found whole and the graphs to need nothing besides. Nothing
@@ -17,7 +18,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,9 @@ FORMAT_VERSION = 2
 
 MODEL, FRONT, BACK, INDEX = "model.onnx", "front.onnx", "back.onnx", "bundle.json"
 SIGNATURE = "bundle.sig"
+BACK_INT8 = "back.int8.onnx"
 GRAPHS = (MODEL, FRONT, BACK)
-PRECISION = "fp32"
+BACKS = {"fp32": BACK, "int8": BACK_INT8}  # what answers, by precision
 
 MAX_GRAPH_BYTES = 2**31 - 1  # what a protobuf, so an ONNX file, can hold
 MAX_INDEX_BYTES = 64 * 2**20
@@ -43,6 +45,7 @@ EXPECTED_PORTS = {
     MODEL: (("images",), ("probabilities", "embedding")),
     FRONT: (("images",), ("pixels",)),
     BACK: (("pixels",), ("probabilities", "embedding")),
+    BACK_INT8: (("pixels",), ("probabilities", "embedding")),
 }
 MAKE_AGAIN = "Make the bundle again: dvc repro export_onnx."
 
@@ -80,7 +83,7 @@ class Bundle:
         labels: Class names in the order of the probabilities.
         signature: Inputs, outputs and seam of the graphs, each with name, dtype and shape (text for a free dimension).
         preprocessing: Numbers and words of what the graph does to a picture.
-        precision: Of the half that answers: ``fp32``.
+        precision: Of the half that answers: ``fp32`` or ``int8``.
         lineage: Where the model comes from, as far as its bytes tell.
         digests: sha256 of each file, by its name in the folder.
         digest: sha256 over all the above, so over every file: the identity of the bundle.
@@ -106,7 +109,8 @@ class Bundle:
 
     @property
     def back_path(self) -> Path:
-        return self.directory / BACK
+        """The second half, in the precision that answers."""
+        return self.directory / BACKS[self.precision]
 
     @property
     def size_bytes(self) -> int:
@@ -115,7 +119,14 @@ class Bundle:
 
 
 def write_bundle(
-    directory: Path, *, model: bytes, front: bytes, back: bytes, facts: BundleFacts, golden: Sequence[bytes]
+    directory: Path,
+    *,
+    model: bytes,
+    front: bytes,
+    back: bytes,
+    facts: BundleFacts,
+    golden: Sequence[bytes],
+    int8: bytes | None = None,
 ) -> Bundle:
     """Writes a bundle, runs its golden pictures, and puts it in place of what the folder held.
 
@@ -126,6 +137,7 @@ def write_bundle(
         back: Its half after the seam.
         facts: Labels, preprocessing and lineage.
         golden: Encoded pictures (a file's bytes each) whose answers are kept for checks.
+        int8: The half after the seam in int8, where it is to answer; the others stay beside it.
 
     Raises:
         BundleError: If the graphs do not have the signature of a bundle or do not fit the labels.
@@ -133,15 +145,16 @@ def write_bundle(
     """
     if not golden:
         raise BundleError("a bundle needs at least one golden picture to be checked by.")
-    graphs = {MODEL: model, FRONT: front, BACK: back}
+    graphs = {MODEL: model, FRONT: front, BACK: back} | ({} if int8 is None else {BACK_INT8: int8})
+    precision = "fp32" if int8 is None else "int8"
     signature = _signature(graphs, facts.labels)
     with _replaced_directory(directory) as folder:
         for name, data in graphs.items():
             write_bytes(folder / name, data)
-        draft = _index(facts, signature, digests={})
+        draft = _index(facts, signature, precision, digests={})
         write_golden(_as_bundle(folder, draft), golden)
         digests = {name: sha256_file(folder / name) for name in sorted(_content(folder))}
-        write_json(folder / INDEX, _index(facts, signature, digests))
+        write_json(folder / INDEX, _index(facts, signature, precision, digests))
     bundle = read_bundle(directory)
     logger.info("bundle %s: %d classes, %d golden images", bundle.digest[:12], len(bundle.labels), len(golden))
     return bundle
@@ -173,11 +186,11 @@ def read_bundle(directory: Path) -> Bundle:
     index = _read_index(directory)
     try:
         mistakes = [*_file_mistakes(directory, index["digests"]), *_label_mistakes(index)]
+        graphs = [name for name in index["digests"] if name.endswith(".onnx")]
         mistakes = mistakes or _graph_mistakes(
-            {name: (directory / name).read_bytes() for name in index["digests"] if name.endswith(".onnx")},
-            index["labels"],
+            ((name, (directory / name).read_bytes()) for name in graphs), index["labels"]
         )
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: pathlib's, of a link that points to itself
         raise BundleError(f"{directory} cannot be read: {error}.") from error
     if mistakes:
         raise BundleError(f"{directory} is not the bundle that was written: {'; '.join(mistakes)}. {MAKE_AGAIN}")
@@ -203,7 +216,7 @@ def bundle_files(bundle: Bundle) -> list[str]:
 
 def _signature(graphs: Mapping[str, bytes], labels: tuple[str, ...]) -> dict[str, Any]:
     """Inputs, outputs and seam of the graphs, checked against what a bundle promises."""
-    if mistakes := _graph_mistakes(graphs, labels):
+    if mistakes := _graph_mistakes(graphs.items(), labels):
         raise BundleError(f"these graphs make no bundle: {'; '.join(mistakes)}.")
     ports = {name: _ports(name, data) for name, data in graphs.items()}
     (images,), (probabilities, embedding) = ports[MODEL]
@@ -215,6 +228,8 @@ def _signature(graphs: Mapping[str, bytes], labels: tuple[str, ...]) -> dict[str
         mistakes.append(f"probabilities has shape {probabilities['shape']} for {len(labels)} labels")
     if ports[BACK][0][0]["dtype"] != pixels["dtype"] or ports[BACK][0][0]["shape"][1:] != pixels["shape"][1:]:
         mistakes.append(f"the halves do not fit: pixels leaves as {pixels} and enters as {ports[BACK][0][0]}")
+    if ports.get(BACK_INT8, ports[BACK]) != ports[BACK]:
+        mistakes.append(f"the half in int8 maps {ports[BACK_INT8]}, the other one {ports[BACK]}")
     if len(set(labels)) != len(labels):
         mistakes.append("two labels are the same")
     if mistakes:
@@ -239,7 +254,9 @@ def _dtype(onnx_type: str) -> str:
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 
-def _index(facts: BundleFacts, signature: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+def _index(
+    facts: BundleFacts, signature: Mapping[str, Any], precision: str, digests: Mapping[str, str]
+) -> dict[str, Any]:
     """The content of bundle.json."""
     index = {
         "format_version": FORMAT_VERSION,
@@ -252,7 +269,7 @@ def _index(facts: BundleFacts, signature: Mapping[str, Any], digests: Mapping[st
             "std": list(facts.std),
             "words": _preprocessing_words(facts),
         },
-        "precision": PRECISION,
+        "precision": precision,
         "lineage": dict(facts.lineage),
         "digests": dict(digests),
     }
@@ -321,7 +338,7 @@ def _read_index(directory: Path) -> dict[str, Any]:
 
 def _from_version_1(index: dict[str, Any]) -> dict[str, Any]:
     """Version 1 had one precision and did not name it; its graphs' metadata_props said less."""
-    return {**index, "precision": PRECISION}
+    return {**index, "precision": "fp32"}
 
 
 def _from_version_2(index: dict[str, Any]) -> dict[str, Any]:
@@ -350,7 +367,10 @@ def _index_mistakes(index: Mapping[str, Any]) -> list[str]:
         mistakes.append("a label is no text")
     if not all(name.isprintable() and isinstance(digest, str) for name, digest in index["digests"].items()):
         mistakes.append("digests are not names and digests")
-    mistakes += [f"digests do not name {name}" for name in (*GRAPHS, GOLDEN) if name not in index["digests"]]
+    if index["precision"] not in BACKS:
+        mistakes.append(f"precision is {index['precision']!r}, not {_listed(BACKS)}")
+    needed = (*GRAPHS, GOLDEN, BACKS.get(index["precision"], BACK))
+    mistakes += [f"digests do not name {name}" for name in dict.fromkeys(needed) if name not in index["digests"]]
     try:
         probabilities, embedding = index["signature"]["outputs"]
         if not all(isinstance(port["shape"][1], int) for port in (probabilities, embedding)):
@@ -390,10 +410,10 @@ def _label_mistakes(index: Mapping[str, Any]) -> list[str]:
     return [] if len(set(labels)) == len(labels) else ["two labels are the same"]
 
 
-def _graph_mistakes(graphs: Mapping[str, bytes], labels: Sequence[str]) -> list[str]:
+def _graph_mistakes(graphs: Iterable[tuple[str, bytes]], labels: Sequence[str]) -> list[str]:
     """Graphs that need more than themselves, or tell of another model."""
     mistakes = []
-    for name, data in graphs.items():
+    for name, data in graphs:
         try:
             facts = read_onnx_facts(data)
             told = json.loads(facts.metadata.get("labels", "null"))

@@ -1,7 +1,8 @@
 """Golden pictures: a few encoded pictures in a bundle, and what it answered for them when it was written.
 
-They tell a processor or an onnxruntime that computes something else from one that only rounds otherwise. Written with
-a bundle, run by its verification.
+They tell a processor or an onnxruntime that computes something else from one that only rounds otherwise. The answers
+are those of the halves, which serve. Where these serve in int8, what the whole graph answers lies in a file of its own.
+Written with a bundle, run by its verification.
 """
 
 import io
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
 
 GOLDEN_DIR = "golden"
 GOLDEN = f"{GOLDEN_DIR}/golden.json"
+GOLDEN_WHOLE = f"{GOLDEN_DIR}/golden.whole.json"
 
-# By how much a golden answer may differ: by rounding between processors (AVX2, AVX-512, ARM), not by more.
-LIMITS = {"probabilities": 1e-3, "embedding": 1e-3}  # an embedding's as a share of its largest absolute value
+# By how much a golden answer may differ: by rounding between processors (AVX2, AVX-512, ARM), not by more. In int8 a
+# rounding is a 255th. An embedding's difference is a share of its largest absolute value.
+LIMITS = {"fp32": 1e-3, "int8": 2e-2}
+COMPARED = ("probabilities", "embedding")
 
 Answer = Mapping[str, Any]  # file, probabilities, embedding
 
@@ -58,6 +62,14 @@ def write_golden(bundle: "Bundle", pictures: Sequence[bytes]) -> None:
     for name, data in named:
         write_bytes(bundle.directory / GOLDEN_DIR / name, data)
     write_json(bundle.directory / GOLDEN, _answers_of_halves(bundle, named))
+    if bundle.precision != "fp32":
+        write_json(bundle.directory / GOLDEN_WHOLE, _answers_of_whole(bundle, named))
+
+
+def golden_pictures(bundle: "Bundle") -> list[bytes]:
+    """The golden pictures, encoded; what to warm a bundle up with."""
+    names = [name for name in bundle.digests if name.startswith(f"{GOLDEN_DIR}/") and not name.endswith(".json")]
+    return [(bundle.directory / name).read_bytes() for name in names]
 
 
 def check_golden(bundle: "Bundle") -> GoldenCheck:
@@ -66,36 +78,42 @@ def check_golden(bundle: "Bundle") -> GoldenCheck:
     Raises:
         BundleError: If an answer differs by more than rounding; all of them are named.
     """
-    expected = _read_answers(bundle)
-    pictures = [(each["file"], (bundle.directory / GOLDEN_DIR / each["file"]).read_bytes()) for each in expected]
-    answered = {"halves": _answers_of_halves(bundle, pictures), "whole": _answers_of_whole(bundle, pictures)}
+    halves = _read_answers(bundle, GOLDEN)
+    whole = _read_answers(bundle, GOLDEN_WHOLE) if GOLDEN_WHOLE in bundle.digests else halves
+    names = [each["file"] for each in halves]
+    if [each["file"] for each in whole] != names:
+        raise BundleError(f"{bundle.directory}: {GOLDEN} and {GOLDEN_WHOLE} are about different pictures.")
+    pictures = [(name, (bundle.directory / GOLDEN_DIR / name).read_bytes()) for name in names]
     apart = {
-        (graph, old["file"], key): _difference(old, new, key)
-        for graph, answers in answered.items()
+        (graph, old["file"], key): (_difference(old, new, key), LIMITS[precision])
+        for graph, precision, expected, answers in (
+            ("halves", bundle.precision, halves, _answers_of_halves(bundle, pictures)),
+            ("whole", "fp32", whole, _answers_of_whole(bundle, pictures)),
+        )
         for old, new in zip(expected, answers, strict=True)
-        for key in LIMITS
+        for key in COMPARED
     }
     if wrong := [
         f"{file} is off by {difference:.3g} in its {key} ({graph})"
-        for (graph, file, key), difference in apart.items()
-        if difference > LIMITS[key]
+        for (graph, file, key), (difference, limit) in apart.items()
+        if difference > limit
     ]:
         raise BundleError(
             f"{bundle.directory} does not answer as it did when it was written: {'; '.join(wrong)}. The processor or "
             "the version of onnxruntime computes something else; do not serve it here. "
             "Make the bundle again: dvc repro export_onnx."
         )
-    largest = {limited: max(each for (_, _, key), each in apart.items() if key == limited) for limited in LIMITS}
+    largest = {key: max(apart[each][0] for each in apart if each[2] == key) for key in COMPARED}
     return GoldenCheck(len(pictures), largest["probabilities"], largest["embedding"])
 
 
-def _read_answers(bundle: "Bundle") -> list[Answer]:
+def _read_answers(bundle: "Bundle", name: str) -> list[Answer]:
     """The golden answers, each of a picture that the bundle has."""
-    path = bundle.directory / GOLDEN
+    path = bundle.directory / name
     try:
         answers = json.loads(path.read_bytes())
         known = {f"{GOLDEN_DIR}/{each['file']}" for each in answers} <= set(bundle.digests)
-        vectors = all(np.asarray(each[key], np.float64).ndim == 1 for each in answers for key in LIMITS)
+        vectors = all(np.asarray(each[key], np.float64).ndim == 1 for each in answers for key in COMPARED)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise BundleError(f"{path} holds no golden answers ({error!r}). Make the bundle again.") from error
     if not (answers and known and vectors):

@@ -42,6 +42,10 @@ INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the registry's history.")]
+Publish = Annotated[
+    bool,
+    typer.Option("--publish", envvar="TANUKI_PUBLISH", help="Publish the champion then, like `tanuki publish`."),
+]
 BundleOrVersion = Annotated[
     str, typer.Argument(metavar="BUNDLE|VERSION", help="A bundle's folder, or a version's number.")
 ]
@@ -185,6 +189,7 @@ def retrain(
     context: typer.Context,
     promote: Annotated[bool, typer.Option(help="Let a model that passes the gate become champion.")] = True,
     sample: Annotated[bool, typer.Option("--sample", help="Lay out the sample set if data/raw is empty.")] = False,
+    publish: Publish = False,
     as_json: Json = False,
 ) -> None:
     """Run every stage that something changed for, put the model before the gate, promote it if it is better."""
@@ -196,6 +201,8 @@ def retrain(
         from flows.workspace import stale_stages
 
         if not stale_stages(layout):
+            if publish:
+                _publish(layout)
             summary = reports.summarise(layout, stages=(), verdict=None)
             _print_json(summary.as_dict()) if as_json else out.print(summary.text())
             return
@@ -204,7 +211,9 @@ def retrain(
     from flows.server import prefect_server
 
     with prefect_server(layout):
-        done = retrain_flow(layout.root, promote=promote)
+        done = retrain_flow(layout.root, promote=promote, publish=publish)
+    if done.published is not None:
+        asides.print(escape(done.published.text()))
     summary = reports.summarise(layout, stages=done.stages, verdict=done.verdict)
     _print_json(summary.as_dict()) if as_json else out.print(summary.text())
 
@@ -294,23 +303,33 @@ def versions(
 
 
 @app.command()
-def promote(context: typer.Context, version: VersionId, reason: Reason) -> None:
+def promote(context: typer.Context, version: VersionId, reason: Reason, publish: Publish = False) -> None:
     """Make a version champion whatever the gate said of it; the reason goes into the history."""
     from flows.promotion import force
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "promote"):
         out.print(force(layout, version, reason=reason))
+    if publish:
+        _publish(layout)
 
 
 @app.command()
-def rollback(context: typer.Context, reason: Reason) -> None:
+def rollback(context: typer.Context, reason: Reason, publish: Publish = False) -> None:
     """Put the previous champion back, after checking that its bundle is whole."""
     from flows.promotion import roll_back
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "rollback"):
         out.print(roll_back(layout, reason=reason))
+    if publish:
+        _publish(layout)
+
+
+@app.command("publish")
+def publish_champion(context: typer.Context) -> None:
+    """Publish the champion: bytes to the DVC remote, then commit, tag (GTO's convention) and push in git."""
+    _publish(find_workspace(context.obj))
 
 
 @app.command()
@@ -434,6 +453,9 @@ def collect_garbage(
     forget: Annotated[
         list[int] | None, typer.Option(help="A version whose features may go; may be given again.", min=1)
     ] = None,
+    keep_last: Annotated[
+        int | None, typer.Option(help="Remove versions never live first, but for so many of the youngest.", min=1)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Drop the stored features that neither the current images nor a version of the registry needs."""
@@ -441,7 +463,7 @@ def collect_garbage(
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "gc"):
-        report = collect_garbage(layout, dry_run=dry_run, forget=forget or ())
+        report = collect_garbage(layout, dry_run=dry_run, forget=forget or (), keep_last=keep_last)
     _print_json(report.as_dict()) if as_json else out.print(escape(report.text()))
 
 
@@ -566,6 +588,13 @@ def _lay_out_sample(layout: Layout) -> None:
     change_layout(layout)
     track_raw(layout)
     asides.print(f"{number} handwritten digits are in {os.path.relpath(layout.raw)}, tracked by DVC.")
+
+
+def _publish(layout: Layout) -> None:
+    from flows.publication import publish_champion
+
+    with exclusive(layout, "publish"):
+        asides.print(escape(publish_champion(layout).text()))
 
 
 def _tell_live(told: dict[str, Any]) -> None:

@@ -156,7 +156,7 @@ def _dvc(layout: Layout) -> Finding:
     if not layout.raw_pointer.is_file():
         return Finding("DVC remote", "ok", f"{remote}; not asked, for there is no data yet")
     try:
-        missing = missing_in_remote(layout)
+        missing = missing_in_remote(layout, str(layout.raw.relative_to(layout.root)))
     except WorkspaceError as error:
         return Finding(
             "DVC remote",

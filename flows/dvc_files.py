@@ -65,7 +65,8 @@ def _is_held_by_the_dead(layout: Layout) -> bool:
     """
     try:
         held: dict[str, Any] = json.loads(layout.dvc_rwlock.read_bytes())
-        holders = [*held["write"].values(), *(reader for readers in held["read"].values() for reader in readers)]
+        readers = [reader for several in held.get("read", {}).values() for reader in several]
+        holders = [*held.get("write", {}).values(), *readers]
         return bool(holders) and not any(_runs_dvc(holder["pid"]) for holder in holders)
     except FileNotFoundError:
         return False

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flows.ingest import Added, AddReport, add_from
+from flows.publication import commit_only, push_data, push_git
 from flows.shards import shard_bytes
 from flows.sources import SHAPES, Folder, Url, named_lines
-from flows.workspace import WorkspaceError, default_remote, dvc, git, missing_in_remote, track_raw, upstream
+from flows.workspace import track_raw
 from tasks.data.image_files import ImageFile, Listing
 from tasks.errors import DataError
 from tasks.layout import Layout
@@ -112,47 +113,14 @@ def take(layout: Layout, waiting: Waiting) -> Added:
     return added
 
 
-def check_publishable(layout: Layout) -> None:
-    """Refuses to publish a pointer to bytes that only this machine has.
-
-    Raises:
-        WorkspaceError: If git has an upstream and DVC has no default remote.
-    """
-    if upstream(layout) is not None and default_remote(layout) is None:
-        raise WorkspaceError(
-            "--publish would push data/raw.dvc to git, but DVC has no default remote, so nobody else could get the "
-            "images. Run `dvc remote add -d NAME URL` first. The inbox is as it was."
-        )
-
-
 def secure(layout: Layout) -> str | None:
-    """Pushes data/raw to DVC's default remote and looks whether all of it is there.
-
-    Returns:
-        The remote's name, None where none is set.
+    """Pushes data/raw to DVC's default remote and looks whether all of it is there; the remote, None where none is set.
 
     Raises:
         WorkspaceError: If the remote refuses or lacks something.
     """
-    remote = default_remote(layout)
-    if remote is None:
-        return None
-    try:
-        dvc(layout, "--wait-for-lock", "push", "--quiet", str(layout.raw_pointer.relative_to(layout.root)))
-        missing = missing_in_remote(layout)
-    except WorkspaceError as error:
-        raise WorkspaceError(
-            f"The DVC remote {remote} did not take the images: {error} The inbox keeps everything; mend the remote "
-            "(`tanuki doctor` looks at it) and run the command again."
-        ) from error
-    if missing:
-        raise WorkspaceError(
-            f"The DVC remote {remote} lacks {len(missing):,} files of data/raw although it was pushed:\n"
-            + "\n".join(named_lines((path, "not in the remote") for path in missing))
-            + "\nDVC takes the listing of a version (the .dir file named in data/raw.dvc) in the remote as proof that "
-            "all of it lies there: remove that file from the remote and run the command again. The inbox keeps all."
-        )
-    return remote
+    raw = str(layout.raw.relative_to(layout.root))
+    return push_data(layout, raw, what="the images", kept="The inbox keeps everything")
 
 
 def publish(layout: Layout) -> tuple[str | None, str | None]:
@@ -165,20 +133,8 @@ def publish(layout: Layout) -> tuple[str | None, str | None]:
         WorkspaceError: If git refuses.
     """
     files = [str(file.relative_to(layout.root)) for file in (layout.raw_pointer, layout.raw_changes) if file.is_file()]
-    commit = None
-    if git(layout, "status", "--porcelain", "--", *files):
-        git(layout, "add", "--", *files)
-        git(layout, "commit", "--quiet", "--only", "--message", "Ingest images", "--", *files)
-        commit = git(layout, "rev-parse", "--short", "HEAD")
-    branch = upstream(layout)
-    if branch is not None:  # also where a killed run had committed and come no further
-        try:
-            git(layout, "push", "--quiet", branch.remote, f"HEAD:{branch.ref}")
-        except WorkspaceError as error:
-            raise WorkspaceError(
-                f"{error} The images are committed here and the inbox keeps everything: `git pull --rebase` if others "
-                "have pushed, then run the command again."
-            ) from error
+    commit = commit_only(layout, files, "Ingest images")
+    branch = push_git(layout, kept="The images are committed here and the inbox keeps everything")
     return commit, None if branch is None else branch.name
 
 

@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import inbox as steps
 from flows.ingest import Added
+from flows.publication import check_publishable
 from flows.workspace import exclusive, find_workspace
 from tasks.layout import Layout
 
@@ -25,7 +26,7 @@ def ingest(root: Path | str, inbox: str, settle_s: float, publish: bool = False)
     layout = find_workspace(Path(root))
     with exclusive(layout, "ingest"):
         if publish:
-            steps.check_publishable(layout)
+            check_publishable(layout)
         waiting = steps.look(inbox, settle_s=settle_s)
         added = take_images(layout, waiting)
         report = steps.IngestReport(added.report, waiting.unsettled)

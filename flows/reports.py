@@ -102,6 +102,7 @@ class Summary:
             *lines,
             f"ONNX parity  largest difference {export['max_probability_difference']:.1e} in a probability, "
             f"{export['top1_agreement']:.0%} the same label",
+            *_int8_lines(export.get("int8")),
         ]
 
 
@@ -242,6 +243,13 @@ def _version_facts(version: Version | None) -> dict[str, Any] | None:
     }
 
 
+def _int8_lines(told: dict[str, Any] | None) -> list[str]:
+    """What became of an int8 variant, where one was asked for."""
+    if told is None:
+        return []
+    return [_wrapped("             ", f"int8 {'answers' if told['chosen'] else 'is not taken'}: {told['reason']}")]
+
+
 def _why_not_finetuned(reports: dict[str, Any]) -> str:
     """What the validation images said of the first stage that was tried, or why none was."""
     tried = [stage for stage in reports["finetune"]["stages"] if stage["val_nll_after"] is not None]
@@ -270,6 +278,8 @@ def _verdict_lines(verdict: Verdict) -> list[str]:
     lines = [f"Gate         version {verdict.version} {OUTCOMES[verdict.outcome]}"]
     lines += [_wrapped("             ", reason) for reason in verdict.reasons]
     lines += [_wrapped("             ", f"warning: {warning}") for warning in verdict.warnings]
+    if uses := verdict.numbers.get("num_uses"):
+        lines.append(f"             these test images have been used for {uses} verdict{'s' * (uses > 1)} before")
     champion = "none" if verdict.champion is None else f"version {verdict.champion}"
     return [*lines, f"Champion     {champion}"]
 
@@ -287,6 +297,7 @@ def _next_commands(verdict: Verdict | None) -> Iterable[str]:
     return [
         *lines,
         "Look at      data/reports/evaluation/index.html  worst mistakes, confusion, classes, slices; works offline",
+        *(["             data/reports/gate/index.html        why the gate said so"] if verdict else []),
     ]
 
 

@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 from prefect.tasks import Task
 
-from flows import promotion, reports
+from flows import promotion, publication, reports
 from flows.validation_artifacts import publish_validation
 from flows.workspace import TEMPORARY_FAILURE, StageError, StageRun, exclusive, find_workspace, reproduce, track_raw
 from tasks.layout import Layout
@@ -33,10 +33,12 @@ class Retrained:
     Args:
         stages: Each stage's run, in order.
         verdict: What the gate said and what became of it.
+        published: What of the champion was published; None where that was not asked for.
     """
 
     stages: tuple[StageRun, ...]
     verdict: promotion.Verdict
+    published: publication.Published | None = None
 
 
 def may_pass(_task: Task[..., object], _run: TaskRun, state: State[object]) -> bool:
@@ -83,15 +85,18 @@ evaluate = stage_task("evaluate", timeout_s=12 * HOUR_S)
 
 
 @flow(name="retrain", flow_run_name="retrain", persist_result=False, validate_parameters=False)
-def retrain(root: Path | str = ".", promote: bool = True) -> Retrained:
+def retrain(root: Path | str = ".", promote: bool = True, publish: bool = False) -> Retrained:
     """Brings the model up to date with the data, and the champion up to date with the model if that is better.
 
     Args:
         root: The workspace.
         promote: Whether a challenger that passes the gate becomes champion.
+        publish: Whether the champion then goes to the DVC remote and to git.
     """
     layout = find_workspace(Path(root))
     with exclusive(layout, "retrain"):
+        if publish:
+            publication.check_publishable(layout)
         track_raw(layout)
         backbone = fetch_backbone.submit(layout)  # beside the two that read no weights
         indexed = index_images(layout)
@@ -111,7 +116,8 @@ def retrain(root: Path | str = ".", promote: bool = True) -> Retrained:
             evaluate(layout),
         ]
         verdict = judge(layout, promote)
-    retrained = Retrained(tuple(state.result() for state in states), verdict)
+        published = publish_champion(layout) if publish and verdict.champion else None
+    retrained = Retrained(tuple(state.result() for state in states), verdict, published)
     reports.publish(layout, retrained.stages, verdict)
     return retrained
 
@@ -120,3 +126,17 @@ def retrain(root: Path | str = ".", promote: bool = True) -> Retrained:
 def judge(layout: Layout, promote: bool) -> promotion.Verdict:
     """Registers the bundle, puts it before the gate, and promotes it if it passes."""
     return promotion.judge(layout, promote=promote)
+
+
+@task(
+    name="publish",
+    task_run_name="publish",
+    tags=["network"],
+    retries=2,
+    retry_delay_seconds=[3, 10],
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def publish_champion(layout: Layout) -> publication.Published:
+    """Pushes the champion's bytes, commits what names them, tags and pushes that."""
+    return publication.publish_champion(layout)

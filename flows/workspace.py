@@ -210,16 +210,19 @@ def default_remote(layout: Layout) -> str | None:
         return None  # DVC's way to say that it is not set
 
 
-def missing_in_remote(layout: Layout) -> list[str]:
-    """Files of data/raw, by their path in the workspace, that the default remote lacks, each looked for.
+def missing_in_remote(layout: Layout, *targets: str) -> list[str]:
+    """Files, by their path in the workspace, that the default remote lacks, each looked for.
 
     `dvc status --cloud` will not do: it believes the listing of a version and misses files that the remote has lost.
+
+    Args:
+        layout: The workspace.
+        targets: What of it; all that raw.dvc and dvc.lock name where there are none.
 
     Raises:
         WorkspaceError: If the remote does not answer.
     """
-    raw = str(layout.raw.relative_to(layout.root))
-    told = json.loads(dvc(layout, "data", "status", "--not-in-remote", "--granular", "--json", raw) or "{}")
+    told = json.loads(dvc(layout, "data", "status", "--not-in-remote", "--granular", "--json", *targets) or "{}")
     return list(told.get("not_in_remote", []))
 
 
@@ -258,6 +261,11 @@ def stale_stages(layout: Layout) -> dict[str, list[str]]:
     if is_torn(layout):
         with exclusive(layout, "status"):
             pass  # mended now, or busy writing
+    return out_of_date(layout)
+
+
+def out_of_date(layout: Layout) -> dict[str, list[str]]:
+    """The same, for whoever holds the workspace's lock."""
     told: dict[str, Any] = json.loads(dvc(layout, "status", "--json") or "{}")
     reasons = {name: _reasons(changes) for name, changes in told.items() if not name.endswith(".dvc")}
     if any(name.endswith(".dvc") for name in told):

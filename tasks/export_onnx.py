@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from deploy.bundle import BundleFacts, graph_metadata, write_bundle
 from deploy.files import sha256_bytes, sha256_file
 from deploy.images import decode_image
+from deploy.predictor import BATCH_SIZE
 from deploy.runtime import open_session
 from tasks.data.image_store import ImageStore, open_images
 from tasks.data.manifest import read_manifest
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tasks.export.parity import Reference
+    from tasks.export.quantisation import Comparison
     from tasks.layout import Layout
     from tasks.params import ExportOnnxParams
 
@@ -53,12 +55,14 @@ class ExportReport:
         opset: Of the ONNX operators.
         exporter: Whose graph of the network verified: ``dynamo`` or ``legacy``.
         num_classes: Width of the probabilities.
-        num_parity_images: Pictures that were compared with what was trained.
+        num_parity_images: Pictures that were compared with what was trained, at batches of 1, 2 and 7.
+        num_parity_sizes: Sizes that they had.
         max_probability_difference: The largest seen.
         top1_agreement: Share of the comparisons with the same class.
         size_bytes: Of the whole graph.
         model_sha256: Of the whole graph.
         bundle_digest: Of the bundle.
+        int8: What became of an int8 variant; None where none was asked for.
     """
 
     path: str
@@ -67,11 +71,38 @@ class ExportReport:
     exporter: str
     num_classes: int
     num_parity_images: int
+    num_parity_sizes: int
     max_probability_difference: float
     top1_agreement: float
     size_bytes: int
     model_sha256: str
     bundle_digest: str
+    int8: Int8Report | None
+
+
+@dataclass(frozen=True)
+class Int8Report:
+    """What became of the int8 variant. How much faster it is, is logged: a time, so no part of a report.
+
+    Args:
+        chosen: Whether the bundle answers in int8.
+        reason: Why, or why not.
+        num_val: Validation images that it was compared on.
+        first_layer: In which precision the first convolution is; of two variants, that of the one told of here.
+        accuracy_fp32: Share that fp32 gets right; None where nothing was compared.
+        accuracy_int8: Share that int8 gets right.
+        agreement: Share with the same class.
+        calibration: sha256 of each training image that the ranges were taken from.
+    """
+
+    chosen: bool
+    reason: str
+    num_val: int
+    first_layer: str | None = None
+    accuracy_fp32: float | None = None
+    accuracy_int8: float | None = None
+    agreement: float | None = None
+    calibration: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +139,10 @@ def run(layout: Layout, *, export_onnx: ExportOnnxParams) -> ExportReport:
     parity = _checked_parity(layout, images, trained, (model, front, back), export_onnx)
     store = open_images(layout.raw)
     golden = [_read_image(store, row) for row in _golden_rows(images, export_onnx.golden_images)]
-    bundle = write_bundle(layout.bundle_dir, model=model, front=front, back=back, facts=facts, golden=golden)
+    int8, int8_report = None, None
+    if export_onnx.int8 == "auto":
+        int8, int8_report = _int8(store, images, facts, front, graphs[2], export_onnx)
+    bundle = write_bundle(layout.bundle_dir, model=model, front=front, back=back, facts=facts, golden=golden, int8=int8)
     return ExportReport(
         path="finetuned" if kept else "head",
         kept=kept,
@@ -116,11 +150,13 @@ def run(layout: Layout, *, export_onnx: ExportOnnxParams) -> ExportReport:
         exporter=exporter_of(trained.network),
         num_classes=len(trained.head.labels),
         num_parity_images=parity.num_images,
+        num_parity_sizes=parity.num_sizes,
         max_probability_difference=float(f"{parity.max_probability_difference:.2g}"),
         top1_agreement=parity.top1_agreement,
         size_bytes=len(model),
         model_sha256=sha256_bytes(model),
         bundle_digest=bundle.digest,
+        int8=int8_report,
     )
 
 
@@ -226,6 +262,64 @@ def _checked_parity(
     return parity
 
 
+def _int8(
+    store: ImageStore,
+    images: pd.DataFrame,
+    facts: BundleFacts,
+    front: bytes,
+    back: onnx.ModelProto,
+    export_onnx: ExportOnnxParams,
+) -> tuple[bytes | None, Int8Report]:
+    """The half after the seam in int8, or None where fp32 stays, and why."""
+    val = images[(images["split"] == "val") & images["label"].isin(facts.labels)]
+    max_loss = export_onnx.int8_max_accuracy_loss
+    if len(val) * max_loss < 1:
+        return None, Int8Report(False, f"{len(val)} validation images cannot show a loss of {max_loss}", len(val))
+    from tasks.export.quantisation import compare, quantised, speedup
+
+    session = open_session(front)
+
+    def pixels(row: dict[str, Any]) -> NDArray[np.float32]:
+        image = decode_image(_read_image(store, row))
+        found: NDArray[np.float32] = session.run(["pixels"], {"images": image[None]})[0]
+        return found
+
+    calibration = _by_class_in_turns(images[images["split"] == "train"], export_onnx.int8_calibration_images)
+    seen = [pixels(row) for row in calibration]
+    graphs = [quantised(back, seen, first_in_float=first_in_float) for first_in_float in (False, True)]
+    for graph in graphs:
+        set_metadata(graph, graph_metadata(facts))
+    variants = [to_bytes(graph) for graph in graphs]
+    fp32, *sessions = (open_session(each) for each in (to_bytes(back), *variants))
+    truth = np.array([facts.labels.index(label) for label in val["label"]], np.int64)
+    found = compare(fp32, sessions, map(pixels, _records(val)), truth)
+    speedups = [speedup(fp32, session, np.concatenate(seen[:BATCH_SIZE])) for session in sessions]
+    logger.info("int8 on %d validation images: %s; %s times as fast", len(val), found, np.round(speedups, 2).tolist())
+    why_not = [_why_not_int8(each, ratio, export_onnx) for each, ratio in zip(found, speedups, strict=True)]
+    # The first that passes; where none does, the more accurate one is told of.
+    best = why_not.index(None) if None in why_not else int(np.argmax([each.accuracy_int8 for each in found]))
+    report = Int8Report(
+        chosen=why_not[best] is None,
+        reason=why_not[best] or "it keeps to the limits of accuracy and speed on this processor",
+        num_val=len(val),
+        first_layer=("int8", "fp32")[best],
+        **asdict(found[best]),
+        calibration=tuple(row["sha256"] for row in calibration),
+    )
+    return variants[best] if report.chosen else None, report
+
+
+def _why_not_int8(found: Comparison, ratio: float, export_onnx: ExportOnnxParams) -> str | None:
+    """Which limits an int8 variant breaks, None where it keeps to them."""
+    max_loss, min_speedup = export_onnx.int8_max_accuracy_loss, export_onnx.int8_min_speedup
+    mistakes = []
+    if found.accuracy_fp32 - found.accuracy_int8 > max_loss:
+        mistakes.append(f"it loses more than {max_loss} of accuracy (export_onnx.int8_max_accuracy_loss)")
+    if ratio < min_speedup:
+        mistakes.append(f"it is not {min_speedup} times as fast on this processor (export_onnx.int8_min_speedup)")
+    return " and ".join(mistakes) or None
+
+
 def _spread(images: pd.DataFrame, count: int) -> list[dict[str, Any]]:
     """Pictures for the comparison: test pictures before others, each size by turns, then by content hash."""
     ordered = images.assign(is_other=images["split"] != "test").sort_values(["is_other", "sha256"], kind="stable")
@@ -237,7 +331,11 @@ def _spread(images: pd.DataFrame, count: int) -> list[dict[str, Any]]:
 def _golden_rows(images: pd.DataFrame, count: int) -> list[dict[str, Any]]:
     """Test pictures (others where there are none) from every class by turns, small files first, then by hash."""
     test = images[images["split"] == "test"]
-    rows = test if len(test) else images
+    return _by_class_in_turns(test if len(test) else images, count)
+
+
+def _by_class_in_turns(rows: pd.DataFrame, count: int) -> list[dict[str, Any]]:
+    """Some pictures from every class by turns, small files first, then by hash: a draw fixed by content."""
     rows = rows.assign(is_large=rows["size_bytes"] > LARGE_PICTURE_BYTES).sort_values(
         ["is_large", "sha256"], kind="stable"
     )

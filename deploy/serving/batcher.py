@@ -212,7 +212,7 @@ class Batcher:
             assert image is not None
             return job.request.model.predictor.pixels(image)
         except ImageError as error:
-            job.request.outcomes[job.index] = error
+            job.request.outcomes[job.index] = ImageError(str(error))  # whose traceback does not hold the picture
         except Exception:
             logger.exception("version %d failed before its network", job.request.model.version)
             job.request.outcomes[job.index] = RequestError(500, "the model failed on this picture")

@@ -235,14 +235,12 @@ def outputs_of(wanted: Sequence[WantedOutput], outcomes: Sequence[Outcome], mode
         RequestError: Naming every picture that cannot be read.
     """
     answers = answers_of(outcomes)
-    tensors = {
-        PROBABILITIES: np.stack([answer.probabilities for answer in answers]),
-        EMBEDDING: np.stack([answer.embedding for answer in answers]),
-    }
-    return [
-        OutputTensor(each.name, _classes(tensors[each.name], each, model) if each.num_classes else tensors[each.name])
-        for each in wanted
-    ]
+    outputs = []
+    for each in wanted:
+        rows = [answer.probabilities if each.name == PROBABILITIES else answer.embedding for answer in answers]
+        values = np.stack(rows) if len(rows) > 1 else rows[0][None]  # stacking one costs more than all the rest here
+        outputs.append(OutputTensor(each.name, _classes(values, each, model) if each.num_classes else values))
+    return outputs
 
 
 def answers_of(outcomes: Sequence[Outcome]) -> list[Answer]:

@@ -30,6 +30,7 @@ class Metrics:
     def __init__(self, *, waiting: Callable[[], int], champion: Callable[[], int]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each counter, which nobody reads
         self._registry = registry = CollectorRegistry()
+        self._looked_up: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         ProcessCollector(registry=registry)
         self._requests = Counter(
             "tanuki_requests", "Requests, by what was asked and how it ended.", ["route", "code"], registry=registry
@@ -49,6 +50,7 @@ class Metrics:
         self._batch = Histogram("tanuki_batch_pictures", "Pictures in a batch.", buckets=PICTURES, registry=registry)
         self._pictures = Counter("tanuki_pictures", "Pictures taken up, by version.", ["version"], registry=registry)
         self._reloads = Counter("tanuki_reloads", "New champions, by outcome.", ["outcome"], registry=registry)
+        self._captured = Counter("tanuki_captured", "Answers kept for drift, or dropped.", ["fate"], registry=registry)
         for outcome in ("swapped", "refused"):
             self._reloads.labels(outcome)
         Gauge("tanuki_waiting_pictures", "Pictures that wait or are worked on.", registry=registry).set_function(
@@ -58,8 +60,16 @@ class Metrics:
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Counts a request that is over."""
-        self._requests.labels(route, status).inc()
-        self._request_s.labels(route).observe(seconds)
+        count, histogram = self._of_request(route, status)
+        count.inc()
+        histogram.observe(seconds)
+
+    def _of_request(self, route: str, status: int) -> tuple[Counter, Histogram]:
+        """Looked up once: a label's lookup takes a lock and makes text of its values."""
+        key = (route, status)
+        if key not in self._looked_up:
+            self._looked_up[key] = self._requests.labels(route, status), self._request_s.labels(route)
+        return self._looked_up[key]
 
     def batch(self, times: BatchTimes) -> None:
         """Counts a batch, here and in the version's own statistics."""
@@ -73,6 +83,10 @@ class Metrics:
     def reload(self, outcome: str) -> None:
         """Counts a champion that was taken over, or refused."""
         self._reloads.labels(outcome).inc()
+
+    def captured(self, fate: str, rows: int) -> None:
+        """Counts answers that were kept for drift, or dropped."""
+        self._captured.labels(fate).inc(rows)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from deploy.bundle import Bundle, verify_bundle
-from deploy.errors import BundleError, RegistryError, TanukiError
-from deploy.golden import GOLDEN, GOLDEN_DIR
+from deploy.bundle import Bundle
+from deploy.errors import RegistryError, TanukiError
+from deploy.golden import check_golden, golden_pictures
 from deploy.images import decode_image
 from deploy.predictor import Predictor
 from deploy.registry import CARD, Registry, Version
@@ -44,15 +44,25 @@ class Models:
         name: The model's name in the protocol.
         keep: How many earlier versions stay loaded beside the champion.
         on_reload: Told of each swap and each refusal.
+        public_key: Whose signature a bundle must bear; None where none is required.
     """
 
-    def __init__(self, registry: Registry, *, name: str, keep: int, on_reload: Callable[[Outcome], None]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        name: str,
+        keep: int,
+        on_reload: Callable[[Outcome], None],
+        public_key: Path | None = None,
+    ) -> None:
         self.name = name
         self.champion: LiveModel | None = None
         self.problem: str | None = None  # why the registry's champion is not the one that answers
         self._registry = registry
         self._keep = keep
         self._on_reload = on_reload
+        self._public_key = public_key
         self._loaded: dict[int, LiveModel] = {}  # replaced, never changed; the least recently promoted first
         self._retired: list[LiveModel] = []
         self._seen: tuple[int, ...] | None = ()
@@ -138,7 +148,7 @@ class Models:
         if kept is not None and kept.bundle.digest == version.digest:
             return kept
         start = time.monotonic()
-        model = load(self._registry, version)
+        model = load(self._registry, version, public_key=self._public_key)
         logger.info("version %d loaded and proven in %.2f s", version.id, time.monotonic() - start)
         return model
 
@@ -160,18 +170,21 @@ class Models:
             give_memory_back()
 
 
-def load(registry: Registry, version: Version) -> LiveModel:
+def load(registry: Registry, version: Version, *, public_key: Path | None = None) -> LiveModel:
     """Loads a version, proves it and warms it up.
 
     Raises:
-        TanukiError: If it is not the bundle that was registered, changes meanwhile, or answers its golden pictures
-            otherwise than it did.
+        TanukiError: If it is not the bundle that was registered, lacks the signature that is required, changes
+            meanwhile, or answers its golden pictures otherwise than it did.
     """
     bundle = registry.bundle(version.id)
-    predictor = Predictor(bundle, threads=1)
-    # After the sessions are open, so that a bundle that was exchanged meanwhile is not believed.
-    if verify_bundle(version.directory).digest != bundle.digest:
-        raise BundleError(f"{version.directory} was exchanged while it was loaded.")
+    if public_key is not None:
+        from deploy.signing import require_signature  # an extra that only who asks for it needs
+
+        require_signature(bundle, public_key)
+    check_golden(bundle)
+    predictor = Predictor(bundle, threads=1)  # now that the check's own sessions are gone
+    registry.bundle(version.id)  # once more, or a file that was exchanged before the sessions were open is believed
     _warm_up(predictor, bundle)
     give_memory_back()
     return LiveModel(version.id, bundle, predictor, registry.registered_lineage(version.id), _card(version.directory))
@@ -179,10 +192,9 @@ def load(registry: Registry, version: Version) -> LiveModel:
 
 def _warm_up(predictor: Predictor, bundle: Bundle) -> None:
     """The first runs of a session are slow; they should not be a client's."""
-    names = [name for name in bundle.digests if name.startswith(f"{GOLDEN_DIR}/") and name != GOLDEN]
     for _ in range(WARM_UP_RUNS):
-        for name in names:
-            predictor.answers(predictor.pixels(decode_image((bundle.directory / name).read_bytes())))
+        for picture in golden_pictures(bundle):
+            predictor.answers(predictor.pixels(decode_image(picture)))
 
 
 def _card(directory: Path) -> str | None:

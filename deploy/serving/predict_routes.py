@@ -39,7 +39,7 @@ async def predict(call: Call) -> Reply:
         raise RequestError(BAD_REQUEST, "no picture: send one as the body, or several as files of a multipart form")
     if len(pictures) > service.settings.max_pictures:
         raise RequestError(BAD_REQUEST, f"{len(pictures)} pictures are more than {service.settings.max_pictures}")
-    outcomes = await call.unless_left(service.answer(model, [data for _, data in pictures]))
+    outcomes = await call.unless_left(service.answer(model, [data for _, data in pictures], request_id=call.id))
     named = zip((name for name, _ in pictures), outcomes, strict=True)
     answer: dict[str, Any] = {
         "request_id": call.id,

@@ -1,6 +1,5 @@
 """The Open Inference Protocol over HTTP, with the extensions that a client of Triton may call."""
 
-import asyncio
 from functools import partial
 from importlib.metadata import version as package_version
 
@@ -21,6 +20,8 @@ from deploy.serving.inference_protocol import (
 )
 from deploy.serving.service import Service
 
+MODEL = "/v2/models/{model}"
+VERSION = f"{MODEL}/versions/{{version}}"
 PLAIN = b"text/plain"
 NOT_READY = "Model version not ready"
 LARGE_JSON_BYTES = 32_768  # above it JSON is read off the event loop
@@ -28,10 +29,10 @@ HEADER_LENGTH = b"inference-header-content-length"
 
 
 def protocol_routes(service: Service) -> list[BaseRoute]:
-    """All routes under /v2, tried in their order."""
+    """All routes under /v2; infer first, because routes are tried in their order."""
     made = partial(Endpoint, service)
+    infer_endpoint = made("infer", post=infer)
     models: dict[str, Endpoint] = {
-        "/infer": made("infer", post=infer),
         "/ready": made("model_ready", get=model_ready),
         "/config": made("model_config", get=config),
         "/stats": made("model_statistics", get=statistics),
@@ -46,9 +47,10 @@ def protocol_routes(service: Service) -> list[BaseRoute]:
         "/v2/repository/models/{model}/unload": made("unload", post=unload),
         "/v2": made("server_metadata", get=server_metadata),
     }
-    of_model = {f"/v2/models/{{model}}{end}": endpoint for end, endpoint in models.items()}
-    of_version = {f"/v2/models/{{model}}/versions/{{version}}{end}": endpoint for end, endpoint in models.items()}
-    return [Route(path, endpoint) for path, endpoint in {**server, **of_model, **of_version}.items()]
+    of_model = {f"{MODEL}{end}": endpoint for end, endpoint in models.items()}
+    of_version = {f"{VERSION}{end}": endpoint for end, endpoint in models.items()}
+    first = {f"{path}/infer": infer_endpoint for path in (MODEL, VERSION)}
+    return [Route(path, endpoint) for path, endpoint in {**first, **server, **of_model, **of_version}.items()]
 
 
 async def infer(call: Call) -> Reply:
@@ -65,7 +67,9 @@ async def infer(call: Call) -> Reply:
     )
     is_small = json_length(header, len(body)) <= LARGE_JSON_BYTES
     request: InferRequest = parse(body, header) if is_small else await call.aside(parse, body, header)
-    outcomes = await call.unless_left(service.answer(model, request.pictures, timeout_s=request.timeout_s))
+    outcomes = await call.unless_left(
+        service.answer(model, request.pictures, request_id=request.id or call.id, timeout_s=request.timeout_s)
+    )
     answer, length = render_infer(request, outputs_of(request.outputs, outcomes, model), model, service.models.name)
     if length is None:
         return Reply(answer)
@@ -138,12 +142,7 @@ async def repository_index(call: Call) -> Reply:
 
 async def load(call: Call) -> Reply:
     """Looks at the registry now: which version answers is the registry's to say."""
-    name, models = str(call.path("model")), call.service.models
-    if name != models.name:
-        raise bad(f"failed to load '{name}', failed to poll from model repository")
-    await asyncio.to_thread(models.refresh, force=True)
-    if models.problem is not None:
-        raise bad(f"failed to load '{name}': {models.problem}")
+    await call.service.look(str(call.path("model")))
     return Reply()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import resource
 import socket
 import ssl
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import orjson
 import uvicorn
@@ -26,9 +28,15 @@ from deploy.serving.protocol_routes import protocol_routes
 from deploy.serving.service import Service
 from deploy.serving.settings import LOOPBACK, Settings, parse_settings
 
+if TYPE_CHECKING:
+    from deploy.serving.grpc_server import GrpcServer
+
 BACKLOG = 2048
+SPARE_FILES = 256  # for everything but connections
 KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its side, so that it is the proxy who closes
 MAX_HEAD_BYTES = 65_536
+PIECE_BYTES = 1_048_576
+LOGGED_FACTS = ("request_id", "status", "ms", "host", "port", "grpc_port")
 HEAD_S = 15  # for a client to send its request line and headers
 
 logger = logging.getLogger(__name__)
@@ -52,7 +60,7 @@ class Application:
 
 
 class Connection(HttpToolsProtocol):
-    """A connection whose request line and headers have a limit, in size and in time."""
+    """A connection that gives a body to its request at once, and limits a request's head in size and in time."""
 
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
@@ -77,8 +85,18 @@ class Connection(HttpToolsProtocol):
         self._have_head()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """Wakes the request once its body is there, or a large piece of it, and not for every read from the socket."""
+        if self.cycle.response_complete:
+            return
+        self.cycle.body += body
+        if len(self.cycle.body) > PIECE_BYTES:
+            self.flow.pause_reading()
+            self.cycle.message_event.set()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._have_head()
+        self._unset_keepalive_if_required()  # left running after a reset, it would hold the connection for its time
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
@@ -95,9 +113,10 @@ class Connection(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """Uvicorn, which on SIGTERM first stops being ready, still answers for a while, and only then closes its door."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, *, beside: "GrpcServer | None") -> None:
         super().__init__(config)
         self._service = service
+        self._beside = beside
         self._leaves_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
@@ -116,6 +135,12 @@ class Server(uvicorn.Server):
         is_over = await super().on_tick(counter)
         return is_over or (self._leaves_at is not None and time.monotonic() >= self._leaves_at)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ends = [super().shutdown(sockets)]
+        if self._beside is not None:
+            ends.append(self._beside.stop())
+        await asyncio.gather(*ends)
+
 
 def serve(settings: Settings) -> None:
     """Serves until it is told to stop.
@@ -123,6 +148,7 @@ def serve(settings: Settings) -> None:
     Raises:
         TanukiError: If it cannot start.
     """
+    _allow_connections(settings.max_connections)
     listener = _listen(settings)
     service = Service(settings)
     service.load()
@@ -149,26 +175,34 @@ def serve(settings: Settings) -> None:
             f"{settings.tls_cert} and {settings.tls_key} are no certificate and its key: {error}"
         ) from error
     _warn_if_open(settings)
-    server = Server(config, service)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run(server, service, listener))
+        runner.run(_run(config, service, listener))
 
 
-async def _run(server: Server, service: Service, listener: socket.socket) -> None:
+async def _run(config: uvicorn.Config, service: Service, listener: socket.socket) -> None:
     service.start()
-    host, port = listener.getsockname()[:2]
-    champion = service.models.champion
-    logger.info(
-        "version %s answers as %s on %s:%d",
-        champion.version if champion else "none",
-        service.models.name,
-        host,
-        port,
-        extra={"host": host, "port": port},
-    )
-    await server.serve([listener])
-    await service.stop()
+    try:
+        beside = await _start_grpc(service)
+        host, port = listener.getsockname()[:2]
+        facts = {"host": host, "port": port, "grpc_port": beside.port if beside else None}
+        champion = service.models.champion
+        who = f"version {champion.version}" if champion else "no version"
+        logger.info("%s answers as %s on %s:%d", who, service.models.name, host, port, extra=facts)
+        await Server(config, service, beside=beside).serve([listener])
+    finally:
+        await service.stop()
     logger.info("stopped")
+
+
+async def _start_grpc(service: Service) -> "GrpcServer | None":
+    """The gRPC server where it is asked for; it is imported only then."""
+    if service.settings.grpc_port is None:
+        return None
+    from deploy.serving.grpc_server import GrpcServer
+
+    server = GrpcServer(service)
+    await server.start()
+    return server
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -181,6 +215,15 @@ def _listen(settings: Settings) -> socket.socket:
         raise ServingError(
             f"cannot listen on {settings.host}:{settings.port}: {reason}. Choose with --host, --port."
         ) from error
+
+
+def _allow_connections(number: int) -> None:
+    """Raises the process's soft limit of open files, which is lower than that on many systems, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _warn_if_open(settings: Settings) -> None:
@@ -205,9 +248,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= {
-            key: vars(record)[key] for key in ("request_id", "status", "ms", "host", "port") if key in vars(record)
-        }
+        line |= {key: vars(record)[key] for key in LOGGED_FACTS if key in vars(record)}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return orjson.dumps(line, default=str).decode()

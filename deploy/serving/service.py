@@ -10,8 +10,9 @@ from hashlib import sha256
 
 from deploy.machine import available_cores
 from deploy.registry import Registry
-from deploy.serving.batcher import Batcher, BatchTimes, Outcome, Picture
-from deploy.serving.errors import RequestError, ServingError
+from deploy.serving.batcher import Answer, Batcher, BatchTimes, Outcome, Picture
+from deploy.serving.capture import Capture
+from deploy.serving.errors import BAD_REQUEST, RequestError, ServingError
 from deploy.serving.live_model import LiveModel
 from deploy.serving.metrics import Metrics
 from deploy.serving.models import Models, Watcher
@@ -36,10 +37,15 @@ class Service:
         self.draining = False
         self.metrics = Metrics(waiting=lambda: self.batcher.waiting, champion=self._champion_version)
         self.models = Models(
-            Registry(settings.registry), name=settings.name, keep=settings.keep, on_reload=self.metrics.reload
+            Registry(settings.registry),
+            name=settings.name,
+            keep=settings.keep,
+            on_reload=self.metrics.reload,
+            public_key=settings.public_key,
         )
         self.parser = ThreadPoolExecutor(1, thread_name_prefix="parser")  # large JSON and compressed bodies
         self.batcher: Batcher
+        self.capture: Capture | None = None
         self._watcher = Watcher(self.models, every_s=settings.watch_s)
         self._tokens = _tokens(settings)
 
@@ -57,6 +63,7 @@ class Service:
         self.models.refresh()
         if self.models.problem is not None:
             raise ServingError(f"the champion cannot answer: {self.models.problem}")
+        self.capture = self._start_capture()
         if self.models.champion is None:
             logger.warning("%s has no champion yet: waiting for the first promotion", self.settings.registry)
 
@@ -70,10 +77,23 @@ class Service:
         )
         self._watcher.start()
 
+    def _start_capture(self) -> Capture | None:
+        settings = self.settings
+        if settings.capture_dir is None:
+            return None
+        return Capture(
+            settings.capture_dir,
+            fraction=settings.capture_fraction,
+            max_bytes=int(settings.capture_mb * 1e6),
+            on_rows=self.metrics.captured,
+        )
+
     async def stop(self) -> None:
         """Ends the threads, once what waits is answered."""
         await asyncio.to_thread(self._watcher.stop)
         await asyncio.to_thread(self.batcher.close)
+        if self.capture is not None:
+            await asyncio.to_thread(self.capture.close)
         self.parser.shutdown()
 
     @property
@@ -89,8 +109,20 @@ class Service:
         digest = sha256(token.strip()).digest()
         return kind.lower() == b"bearer" and any(hmac.compare_digest(digest, known) for known in self._tokens)
 
+    async def look(self, name: str) -> None:
+        """Looks at the registry now, as the protocol's load call asks.
+
+        Raises:
+            RequestError: If the model has another name, or its champion was refused.
+        """
+        if name != self.models.name:
+            raise RequestError(BAD_REQUEST, f"failed to load '{name[:100]}', failed to poll from model repository")
+        await asyncio.to_thread(self.models.refresh, force=True)
+        if self.models.problem is not None:
+            raise RequestError(BAD_REQUEST, f"failed to load '{name}': {self.models.problem}")
+
     async def answer(
-        self, model: LiveModel, pictures: Sequence[Picture], *, timeout_s: float | None = None
+        self, model: LiveModel, pictures: Sequence[Picture], *, request_id: str, timeout_s: float | None = None
     ) -> list[Outcome]:
         """Answers pictures within the client's time or the server's, whichever is less, and keeps the statistics.
 
@@ -109,6 +141,8 @@ class Service:
         done.success += 1
         done.success_ns += int((time.monotonic() - start) * 1e9)
         done.last_ms = int(time.time() * 1000)
+        if self.capture is not None:
+            self.capture.offer(model, [each for each in outcomes if isinstance(each, Answer)], request_id)
         return outcomes
 
     def _count_batch(self, times: BatchTimes) -> None:

@@ -17,7 +17,9 @@ class Settings:
     name: Annotated[str, "the model's name in the protocol's paths"] = "tanuki"
     host: Annotated[str, "address to listen on; 0.0.0.0 for all"] = "127.0.0.1"
     port: Annotated[int, "port of HTTP; 0 for any free one"] = 8000
+    grpc_port: Annotated[int | None, "port of gRPC, Triton's is 8001; 0 for any free one; no gRPC, if not given"] = None
     threads: Annotated[int | None, "threads that answer; as many as cores may be used, if not given"] = None
+    public_key: Annotated[Path | None, "only bundles signed by this key (`tanuki keygen`) answer"] = None
     keep: Annotated[int, "earlier versions that stay loaded and addressable"] = 2
     watch_s: Annotated[float, "seconds between two looks at the champion pointer"] = 0.5
     token_file: Annotated[Path | None, "file of bearer tokens, one a line; anybody may ask, if not given"] = None
@@ -31,6 +33,11 @@ class Settings:
     max_connections: Annotated[int, "open connections; above it clients are told 503"] = 1024
     timeout_s: Annotated[float, "seconds until a request is given up, unless it asks for less"] = 30
     body_timeout_s: Annotated[float, "seconds for a client to send its request"] = 30
+    capture_dir: Annotated[Path | None, "folder for a sample of the answers as Parquet; none is kept, if not given"] = (
+        None
+    )
+    capture_fraction: Annotated[float, "share of the answers that is kept"] = 0.1
+    capture_mb: Annotated[float, "the folder's size, 10^6 bytes; above it the oldest files go"] = 256
     notice_s: Annotated[float, "after SIGTERM, not ready any more: seconds in which clients are told to leave"] = 1
     grace_s: Annotated[float, "after that: seconds for what is under way"] = 20
     log_requests: Annotated[bool, "a line for each request, not only for those that fail"] = False

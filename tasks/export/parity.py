@@ -22,12 +22,14 @@ class Parity:
 
     Args:
         num_images: Pictures compared.
+        num_sizes: Sizes that they had, whole and cut.
         max_probability_difference: The largest, over pictures, classes, batches, the whole graph and its halves.
         top1_agreement: Share of the comparisons in which both name the same class.
         worst_image: Position of the picture with the largest difference.
     """
 
     num_images: int
+    num_sizes: int
     max_probability_difference: float
     top1_agreement: float
     worst_image: int
@@ -43,8 +45,9 @@ def measure_parity(
 ) -> Parity:
     """Compares the whole graph and its halves with a reference.
 
-    Every picture goes through the whole graph alone, and in batches of 2 and 7 made of itself and its mirror image (a
-    batch of the whole graph has one size); the halves take all pictures, of all sizes, in batches of 1, 2 and 7.
+    Every picture goes through the whole graph alone, in batches of 2 and 7 made of itself and its mirror image (a batch
+    of the whole graph has one size), and cut to two thirds of its height, because many sets have one size only; the
+    halves take all pictures, of all sizes, in batches of 1, 2 and 7.
 
     Args:
         images: Each (H, W, 3) uint8, of any size.
@@ -64,6 +67,7 @@ def measure_parity(
         agreements.append(found.argmax(axis=1) == wanted.argmax(axis=1))
     return Parity(
         num_images=len(images),
+        num_sizes=len({each.shape for image in images for each in (image, _cut(image))}),
         max_probability_difference=float(differences.max()),
         top1_agreement=float(np.concatenate(agreements).mean()),
         worst_image=int(differences.argmax()),
@@ -80,15 +84,21 @@ def _whole_answers(
     reference: Reference,
     whole: ort.InferenceSession,
 ) -> Iterator[Answers]:
-    """The whole graph on each picture alone, and on it and its mirror image in batches of 2 and 7."""
+    """The whole graph on each picture alone, on it and its mirror image in batches of 2 and 7, and on a part of it."""
     for position, image in enumerate(images):
         batch_size = BATCHES[position % len(BATCHES)]
         pair = np.stack([image, image[:, ::-1]])  # (2, H, W, 3)
         wanted = np.concatenate([expected[position][None], reference(pair[1:])])  # (2, C)
         turns = np.arange(batch_size) % 2
-        for batch, answer in ((pair[:1], wanted[:1]), (pair[turns], wanted[turns])):
+        cut = _cut(image)[None]
+        for batch, answer in ((pair[:1], wanted[:1]), (pair[turns], wanted[turns]), (cut, reference(cut))):
             found = whole.run(["probabilities"], {"images": np.ascontiguousarray(batch)})[0]
             yield np.full(len(batch), position), found, answer
+
+
+def _cut(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The upper two thirds, (2 H / 3, W, 3)."""
+    return image[: max(1, 2 * len(image) // 3)]
 
 
 def _half_answers(

@@ -152,6 +152,8 @@ def test_golden_answers_of_another_width_are_off(directory: Path) -> None:
         ({"labels": [1, 2, 3]}, "a label is no text"),
         ({"labels": ["a", "a", "b"]}, "two labels are the same"),
         ({"precision": None}, "precision is no str"),
+        ({"precision": "int4"}, "precision is 'int4', not fp32, int8"),
+        ({"precision": "int8"}, r"digests do not name back\.int8\.onnx"),
         ({"digests": {"model.onnx": 3}}, "digests are not names and digests"),
         ({"digests": {"\0": "x"}}, "digests are not names and digests"),
         ({"digests": {}}, "digests do not name model.onnx"),
@@ -175,6 +177,13 @@ def test_a_file_outside_the_bundle_or_of_no_possible_name_is_refused(directory: 
     digests = json.loads((directory / "bundle.json").read_text())["digests"]
     seal(directory, digests={**digests, name: "0" * 64})
     with pytest.raises(BundleError):
+        read_bundle(directory)
+
+
+def test_a_link_that_points_to_itself_is_refused(directory: Path) -> None:
+    (directory / "back.onnx").unlink()
+    (directory / "back.onnx").symlink_to("back.onnx")
+    with pytest.raises(BundleError, match=r"back\.onnx|cannot be read"):
         read_bundle(directory)
 
 

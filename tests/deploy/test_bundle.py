@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.bundle import bundle_files, read_bundle, verify_bundle, write_bundle
+from deploy.bundle import Bundle, bundle_files, read_bundle, verify_bundle, write_bundle
 from deploy.errors import BundleError, ImageError
 from deploy.files import write_json
+from deploy.golden import golden_pictures
 from deploy.predictor import Predictor
 from tests.deploy.tiny_bundle import (
     LABELS,
@@ -179,6 +180,68 @@ def test_verification_finds_a_graph_that_answers_otherwise(directory: Path) -> N
     read_bundle(directory)
     with pytest.raises(BundleError, match=r"image-01.jpeg is off by .* in its probabilities .*image-02.jpeg is off"):
         verify_bundle(directory)
+
+
+@pytest.fixture
+def quantised(tmp_path: Path) -> Bundle:
+    """A bundle whose "int8" half is a little less sharp than fp32."""
+    model, front, back = colour_graphs()
+    golden = [encoded(colour_image(label)) for label in LABELS]
+    int8 = colour_graphs(sharpness=7.0)[2]
+    return write_bundle(
+        tmp_path / "int8", model=model, front=front, back=back, facts=colour_facts(), golden=golden, int8=int8
+    )
+
+
+def test_a_bundle_in_int8_answers_with_that_half_and_is_golden_in_both(quantised: Bundle) -> None:
+    assert (quantised.precision, quantised.back_path.name) == ("int8", "back.int8.onnx")
+    assert {"back.onnx", "back.int8.onnx", "golden/golden.whole.json"} <= set(bundle_files(quantised))
+    verify_bundle(quantised.directory)
+    halves, whole = (
+        json.loads((quantised.directory / "golden" / name).read_text())[0]["probabilities"]
+        for name in ("golden.json", "golden.whole.json")
+    )
+    assert max(halves) < max(whole) - 0.02
+    with Predictor(quantised) as predictor:
+        found = predictor.predict([colour_image("blau")]).probabilities[0]
+    np.testing.assert_allclose(found, halves, atol=1e-6)
+
+
+def test_the_golden_pictures_are_pictures_whatever_answers_lie_beside_them(quantised: Bundle) -> None:
+    assert golden_pictures(quantised) == [encoded(colour_image(label)) for label in LABELS]
+
+
+def test_an_int8_half_is_checked_like_the_others(quantised: Bundle) -> None:
+    quantised.back_path.write_bytes(colour_graphs(sharpness=5.0)[2])
+    with pytest.raises(BundleError, match=r"back\.int8\.onnx was changed"):
+        read_bundle(quantised.directory)
+    seal(quantised.directory)
+    with pytest.raises(BundleError, match=r"off by .* \(halves\)"):
+        verify_bundle(quantised.directory)
+    whole = quantised.directory / "golden" / "golden.whole.json"
+    write_json(whole, json.loads(whole.read_text())[1:])
+    seal(quantised.directory)
+    with pytest.raises(BundleError, match="about different pictures"):
+        verify_bundle(quantised.directory)
+    seal(quantised.directory, precision="fp32")
+    quantised.back_path.unlink()
+    with pytest.raises(BundleError, match=r"back\.int8\.onnx is missing"):
+        read_bundle(quantised.directory)
+
+
+def test_an_int8_half_of_other_classes_makes_no_bundle(tmp_path: Path) -> None:
+    model, front, back = colour_graphs()
+    other = colour_graphs(labels=("blau", "grün"))[2]
+    with pytest.raises(BundleError, match="the half in int8 maps"):
+        write_bundle(
+            tmp_path / "b",
+            model=model,
+            front=front,
+            back=back,
+            facts=colour_facts(),
+            golden=[encoded(colour_image("blau"))],
+            int8=other,
+        )
 
 
 def test_the_halves_answer_as_the_whole(directory: Path) -> None:

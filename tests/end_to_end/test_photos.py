@@ -7,9 +7,14 @@ on trashnet6_dev, .924 on grocery8's official split), less what chance may take.
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from deploy.bundle import read_bundle
+from deploy.images import decode_image
+from deploy.predictor import Predictor
+from tasks.layout import Layout
 from tests.conftest import Workspace, clone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -42,6 +47,21 @@ def test_trashnet_retrains_end_to_end(material: Path, weights: Path, tmp_path: P
     quarantined = pd.read_csv(workspace.root / "data" / "manifest" / "quarantine.csv")
     assert {"metal/metal91.jpg", "glass/glass115.jpg"} <= set(quarantined["path"])
     assert len(quarantined) == 6
+    assert_answers_survive_mirrors_and_small_crops(Layout(workspace.root))
+
+
+def assert_answers_survive_mirrors_and_small_crops(layout: Layout) -> None:
+    """What augment.hflip and augment.min_area_fraction say must not matter to a label, hardly does."""
+    table = pd.read_parquet(layout.accepted)
+    photos = [decode_image((layout.raw / path).read_bytes()) for path in table.loc[table["split"] == "test", "path"]]
+    cuts = [photo[photo.shape[0] // 50 :, : photo.shape[1] - photo.shape[1] // 50] for photo in photos]
+    with Predictor(read_bundle(layout.bundle_dir)) as predictor:
+        given, mirrored, cut = (
+            predictor.predict(shown).probabilities.argmax(axis=1)
+            for shown in (photos, [np.ascontiguousarray(photo[:, ::-1]) for photo in photos], cuts)
+        )
+    assert (given == mirrored).mean() >= 0.85
+    assert (given == cut).mean() >= 0.90
 
 
 def test_grocery_keeps_its_official_splits(material: Path, weights: Path, tmp_path: Path, prefect_home: Path) -> None:

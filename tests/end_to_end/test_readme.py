@@ -3,11 +3,15 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Workspace, clone, make_quick, write_digits
+from tests.end_to_end.test_remotes import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -15,9 +19,9 @@ SETS_UP = re.compile(r"git clone|make |\. \.venv")  # what the fixture stands fo
 PHOTOS = {"3": "three", "8": "eight"}
 
 
-def commands_of(readme: Path) -> list[str]:
-    """Every line of the README's sh blocks, comments cut off."""
-    blocks = re.findall(r"```sh\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
+def commands_of(readme: Path, kind: str = "sh") -> list[str]:
+    """Every line of the README's blocks of a kind, comments cut off."""
+    blocks = re.findall(rf"```{kind}\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -61,3 +65,25 @@ def test_what_pretrain_made_is_a_backbone(newcomer: Workspace) -> None:
     backbone = json.loads((newcomer.root / "data" / "backbone" / "backbone.json").read_text())
     assert backbone["architecture"] == card["architecture"]
     assert backbone["size_px"] == 32
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_server_answers_as_the_readme_says(newcomer: Workspace, repository: Path) -> None:
+    """Its blocks of the kind shell begin with a server, which goes on while the rest is typed."""
+    serve, *asked = commands_of(repository / "README.md", "shell")
+    for name in ("one.jpg", "two.jpg"):
+        shutil.copy(newcomer.root / "some.jpg", newcomer.root / name)
+    port = free_port()
+    command = [sys.executable, "-m", "flows.cli", *serve.split()[1:], "--port", str(port)]
+    with subprocess.Popen(command, cwd=newcomer.root, env=newcomer.environment) as server:
+        try:
+            url = f"127.0.0.1:{port}"
+            newcomer.run("curl", "--retry", "60", "--retry-connrefused", "--retry-delay", "1", f"{url}/v2/health/ready")
+            told = [
+                newcomer.run("bash", "-c", f"{line} --fail".replace("localhost:8000", url)).stdout for line in asked
+            ]
+        finally:
+            server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    assert '"label"' in told[0]
+    assert "tanuki_" in told[-1]

@@ -177,7 +177,10 @@ def test_a_remote_that_does_not_answer_is_a_finding(
     workspace: Workspace, request: pytest.FixtureRequest, tmp_path: Path, prefect_home: Path, digits: Path, kind: str
 ) -> None:
     remote: Remote = request.getfixturevalue(f"{kind}_remote")
-    cut_off = replace(remote, url="ssh://127.0.0.1:1/storage" if kind == "ssh" else "s3://no-such-bucket/tanuki")
+    if kind == "ssh":
+        cut_off = replace(remote, url="ssh://127.0.0.1:1/storage")
+    else:
+        cut_off = replace(remote, options={"endpointurl": "http://127.0.0.1:1"})
     mine = client(workspace.root, prefect_home, remote.environment)
     mine.tanuki("add", digits)
     mine.dvc("remote", "add", "--default", "storage", cut_off.url)

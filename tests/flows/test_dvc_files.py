@@ -96,7 +96,7 @@ def test_locks_of_the_dead_are_dropped(workspace: Workspace) -> None:
     ended.wait()
 
 
-@pytest.mark.parametrize("nobody", [json.dumps({"write": {}, "read": {}}), None])
+@pytest.mark.parametrize("nobody", ["{}", json.dumps({"write": {}, "read": {}}), None])
 def test_a_lock_that_a_living_dvc_holds_or_nobody_is_left_alone(workspace: Workspace, nobody: str | None) -> None:
     layout = Layout(workspace.root)
     layout.dvc_rwlock.parent.mkdir(exist_ok=True)

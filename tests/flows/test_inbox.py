@@ -12,6 +12,7 @@ import pytest
 
 from flows import inbox as steps
 from flows.ingest import Added, add_from
+from flows.publication import check_publishable
 from flows.raw_log import read_changes
 from flows.sources import Folder
 from flows.workspace import WorkspaceError, find_workspace, missing_in_remote
@@ -34,7 +35,7 @@ def add_remote(workspace: Workspace, remote: Path) -> None:
     """`dvc remote add --default`, without its second."""
     with (workspace.root / ".dvc" / "config").open("a") as config:
         config.write(f"    remote = storage\n['remote \"storage\"']\n    url = {remote}\n")
-    workspace.run("git", "commit", "--quiet", "--all", "--message", "Remote")
+    workspace.run("git", "commit", "--quiet", "--message", "Remote", "--", ".dvc/config")
 
 
 def add_upstream(workspace: Workspace, upstream: Path) -> None:
@@ -181,10 +182,10 @@ def test_a_remote_that_fails_halfway_gets_the_rest_the_next_time(
 
 def test_pointers_are_not_published_to_bytes_that_nobody_else_can_get(workspace: Workspace, tmp_path: Path) -> None:
     layout = find_workspace(workspace.root)
-    steps.check_publishable(layout)  # without an upstream a commit stays here
+    check_publishable(layout)  # without an upstream a commit stays here
     add_upstream(workspace, tmp_path / "upstream.git")
     with pytest.raises(WorkspaceError, match="dvc remote add -d"):
-        steps.check_publishable(layout)
+        check_publishable(layout)
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,9 @@ def reencoded(path: Path, **change: object) -> bytes:
     image = Image.open(path)
     if "size" in change:
         image = image.resize((change["size"], change["size"]), Image.Resampling.BICUBIC)
+    if "cut" in change:
+        cut = int(str(change["cut"]))
+        image = image.crop((cut, cut, image.width - cut, image.height - cut))
     if "mode" in change:
         image = image.convert(str(change["mode"]))
     buffer = io.BytesIO()
@@ -54,8 +57,13 @@ def test_grey_and_colour_files_of_one_picture_get_the_same_answer(predictor, tes
 
 @pytest.mark.parametrize(
     ("change", "least"),
-    [({"format": "JPEG", "mode": "RGB"}, 0.95), ({"format": "WEBP", "mode": "RGB"}, 0.85), ({"size": 24}, 0.80)],
-    ids=["as JPEG", "as lossy WebP", "three times as large"],
+    [
+        ({"format": "JPEG", "mode": "RGB"}, 0.95),
+        ({"format": "WEBP", "mode": "RGB"}, 0.85),
+        ({"size": 24}, 0.80),
+        ({"size": 64, "cut": 2}, 0.80),
+    ],
+    ids=["as JPEG", "as lossy WebP", "three times as large", "large and cut a little"],
 )
 def test_the_label_survives_what_happens_to_files(predictor, test_images, change: dict, least: float) -> None:
     before = answers(predictor, [path.read_bytes() for path in test_images])

@@ -193,6 +193,26 @@ def test_the_page_is_one_file_that_shows_every_class_and_the_mistakes(
     assert len(text) < 600_000
 
 
+def test_the_model_card_says_what_matters(evaluated: tuple[Layout, EvaluateReport]) -> None:
+    layout, report = evaluated
+    card = (layout.evaluation_dir / "model_card.md").read_text(encoding="utf-8")
+    for part in (
+        report.bundle_digest,
+        f"{report.accuracy:.1%} | {report.accuracy_low:.1%} to {report.accuracy_high:.1%}",
+        "Drei\\|3",
+        '&lt;b>&"8"',
+        "七",
+        "not stated: find out before you ship",
+        "not kept: only 60 val images",
+        "Fewer than 30 test images",
+        "central square",
+        "| precision | fp32 |",
+        "spoiled",
+    ):
+        assert part in card, part
+    assert str(layout.root) not in card
+
+
 @pytest.mark.parametrize("name", ["confusion.png", "reliability.png", "worst_mistakes.png"])
 def test_the_pictures_open_and_carry_no_date(evaluated: tuple[Layout, EvaluateReport], name: str) -> None:
     with Image.open(evaluated[0].evaluation_dir / name) as picture:

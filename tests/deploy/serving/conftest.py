@@ -13,5 +13,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("serving")
     add_version(folder / "registry", folder)
     options = ("--name", "m", "--max-pictures", "8", "--max-megapixels", "1", "--max-body-mb", "4")
-    with serving(folder / "registry", folder, *options, "--max-json-mb", "1", "--body-timeout-s", "1.5") as running:
+    with serving(
+        folder / "registry", folder, *options, "--max-json-mb", "1", "--body-timeout-s", "1.5", "--grpc-port", "0"
+    ) as running:
         yield running

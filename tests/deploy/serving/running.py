@@ -52,6 +52,10 @@ class Running:
     def __post_init__(self) -> None:
         self.client = httpx.Client(base_url=self.url, timeout=30, verify=False)
 
+    @property
+    def grpc_port(self) -> int:
+        return next(int(line["grpc_port"]) for line in self.lines() if line.get("grpc_port"))
+
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 

@@ -14,6 +14,7 @@ import pytest
 from deploy.images import decode_image
 from deploy.predictor import Predictor
 from deploy.registry import Registry
+from deploy.signing import generate_keys, sign_bundle
 from tests.deploy.serving.running import Running, add_version, eventually, make_champion, serving
 from tests.deploy.tiny_bundle import colour_image, encoded
 
@@ -144,6 +145,20 @@ def test_a_damaged_champion_is_refused_and_the_old_one_goes_on(root: Path, tmp_p
         assert "damaged" in told.json()["error"]
         make_champion(root, 3)
         eventually(lambda: answering(running) == "3")
+
+
+def test_where_a_signature_is_required_only_a_signed_version_takes_over(root: Path, tmp_path: Path) -> None:
+    registry, key = Registry(root), tmp_path / "release.key"
+    public = generate_keys(key)
+    sign_bundle(registry.bundle(1), key)
+    with serving(root, tmp_path, "--watch-s", "1000", "--public-key", str(public)) as running:
+        make_champion(root, 2)
+        told = running.client.post("/v2/repository/models/tanuki/load")
+        assert (told.status_code, answering(running)) == (400, "1")
+        assert "is not signed" in told.json()["error"]
+        sign_bundle(registry.bundle(2), key)
+        assert running.client.post("/v2/repository/models/tanuki/load").status_code == 200
+        assert answering(running) == "2"
 
 
 def test_a_registry_that_vanishes_and_comes_back_costs_nothing(root: Path, tmp_path: Path) -> None:

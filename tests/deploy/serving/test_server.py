@@ -201,9 +201,9 @@ def test_failures_are_logged_with_their_request(running: Running) -> None:
 
 
 def test_it_drains_on_sigterm(registry: Path, tmp_path: Path) -> None:
-    picture = encoded(colour_image("grün", size=(1500, 1500)))
-    with serving(registry, tmp_path, "--notice-s", "1", "--threads", "1") as running, ThreadPoolExecutor(8) as pool:
-        under_way = [pool.submit(httpx.post, f"{running.url}/predict", content=picture) for _ in range(8)]
+    picture = encoded(colour_image("grün", size=(3000, 3000)))
+    with serving(registry, tmp_path, "--notice-s", "5", "--threads", "1") as running, ThreadPoolExecutor(8) as pool:
+        under_way = [pool.submit(httpx.post, f"{running.url}/predict", content=picture, timeout=60) for _ in range(8)]
         eventually(lambda: running.metric("tanuki_waiting_pictures") > 0)
         running.process.send_signal(signal.SIGTERM)
         eventually(lambda: running.client.get("/v2/health/ready").status_code == 400)
@@ -211,12 +211,12 @@ def test_it_drains_on_sigterm(registry: Path, tmp_path: Path) -> None:
         assert late.status_code == 200
         assert late.headers["connection"] == "close"
         assert [each.result().status_code for each in under_way] == [200] * 8
-        assert running.process.wait(10) == 0
+        assert running.process.wait(60) == 0
     assert running.lines()[-1]["message"] == "stopped"
 
 
 def test_overload_is_told_and_the_rest_is_answered(registry: Path, tmp_path: Path) -> None:
-    picture = encoded(colour_image("grün", size=(1200, 1200)))
+    picture = encoded(colour_image("grün", size=(1200, 1200)), "BMP")
     options = ("--threads", "1", "--max-waiting", "4", "--max-pictures", "2")
     with serving(registry, tmp_path, *options) as running, ThreadPoolExecutor(16) as pool:
         asked = [pool.submit(httpx.post, f"{running.url}/predict", content=picture, timeout=30) for _ in range(16)]

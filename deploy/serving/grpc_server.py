@@ -1,0 +1,319 @@
+"""The Open Inference Protocol over gRPC: the same requests, the same words, on the same event loop."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from importlib.metadata import version as package_version
+from typing import Any
+
+import grpc
+
+from deploy.serving.batcher import Picture
+from deploy.serving.errors import (
+    BAD_REQUEST,
+    DEADLINE,
+    NOT_FOUND,
+    TOO_LARGE,
+    TOO_MANY,
+    UNAUTHORIZED,
+    UNAVAILABLE,
+    RequestError,
+    ServingError,
+)
+from deploy.serving.grpc_messages import HEALTH, INFERENCE, message_classes
+from deploy.serving.inference_protocol import (
+    ENCODED,
+    EXTENSIONS,
+    InferRequest,
+    InputTensor,
+    WantedOutput,
+    all_outputs,
+    bad,
+    check_input,
+    check_one_input,
+    check_output,
+    model_config,
+    model_metadata,
+    model_statistics,
+    outputs_of,
+    pack_bytes,
+    pictures_of_json,
+    pictures_of_raw,
+    timeout_of,
+)
+from deploy.serving.service import Service
+
+CODES = {
+    BAD_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
+    UNAUTHORIZED: grpc.StatusCode.UNAUTHENTICATED,
+    NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TOO_MANY: grpc.StatusCode.UNAVAILABLE,
+    UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+DATA_TYPES = {"TYPE_UINT8": 2, "TYPE_FP32": 11, "TYPE_STRING": 13}
+SERVING, NOT_SERVING = 1, 2  # of the health check
+
+Context = Any
+Handler = Callable[["InferenceService", Any, Context], Awaitable[Any]]
+
+logger = logging.getLogger(__name__)
+
+
+class InferenceService:
+    """The calls of the service, each by its name in the proto."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.types = message_classes("inference", INFERENCE)
+
+    async def server_live(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+        return self.types["ServerLiveResponse"](live=True)
+
+    async def server_ready(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+        return self.types["ServerReadyResponse"](ready=self.service.is_ready)
+
+    async def model_ready(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+        try:
+            self.service.models.resolve(request.name, request.version)
+        except RequestError:
+            return self.types["ModelReadyResponse"](ready=False)
+        return self.types["ModelReadyResponse"](ready=True)
+
+    async def server_metadata(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+        version = package_version("tanuki")
+        return self.types["ServerMetadataResponse"](name="tanuki", version=version, extensions=EXTENSIONS)
+
+    async def model_metadata(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+        models = self.service.models
+        model = models.resolve(request.name, request.version)
+        versions = [model.version] if request.version else [each.version for each in models.loaded]
+        return self.types["ModelMetadataResponse"](**model_metadata(model, models.name, versions))
+
+    async def model_config(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+        models = self.service.models
+        model = models.resolve(request.name, request.version)
+        config = model_config(model, models.name, max_pictures=self.service.settings.max_pictures)
+        for port in (*config["input"], *config["output"]):
+            port["data_type"] = DATA_TYPES[port["data_type"]]
+        return self.types["ModelConfigResponse"](config=config)
+
+    async def model_statistics(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+        models = self.service.models
+        if request.name:
+            models.resolve(request.name)
+        found = [models.resolve(request.name, request.version)] if request.version else models.loaded
+        statistics = [model_statistics(each, models.name) for each in found]
+        for each in statistics:
+            del each["batch_stats"]
+        return self.types["ModelStatisticsResponse"](model_stats=statistics)
+
+    async def repository_index(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+        models = self.service.models
+        index = [{"name": models.name, "version": str(each.version), "state": "READY"} for each in models.loaded]
+        return self.types["RepositoryIndexResponse"](models=index)
+
+    async def repository_model_load(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+        await self.service.look(request.model_name)
+        return self.types["RepositoryModelLoadResponse"]()
+
+    async def repository_model_unload(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+        raise bad(f"failed to unload '{request.model_name}': promote or roll back in the registry instead")
+
+    async def model_infer(self, request: Any, context: Context) -> Any:
+        models = self.service.models
+        model = models.resolve(request.model_name, request.model_version)
+        asked = self._understood(request)
+        limits = [limit for limit in (asked.timeout_s, context.time_remaining()) if limit is not None]
+        outcomes = await self.service.answer(
+            model, asked.pictures, request_id=asked.id, timeout_s=min(limits, default=None)
+        )
+        outputs = outputs_of(asked.outputs, outcomes, model)
+        return self.types["ModelInferResponse"](
+            model_name=models.name,
+            model_version=str(model.version),
+            id=asked.id,
+            outputs=[{"name": each.name, "datatype": each.datatype, "shape": each.values.shape} for each in outputs],
+            raw_output_contents=[each.raw() for each in outputs],
+        )
+
+    async def model_stream_infer(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        """Answers one after the other; a mistake ends nothing but its own request."""
+        async for request in requests:
+            try:
+                answer = await self.model_infer(request, context)
+                yield self.types["ModelStreamInferResponse"](infer_response=answer)
+            except RequestError as error:
+                failed = self.types["ModelInferResponse"](id=request.id)
+                yield self.types["ModelStreamInferResponse"](error_message=error.message, infer_response=failed)
+
+    def _understood(self, request: Any) -> InferRequest:
+        name, limit = self.service.models.name, self.service.settings.max_pictures
+        tensors = [
+            check_input(each.name, each.datatype, each.shape, model=name, request_id=request.id, max_n=limit)
+            for each in request.inputs
+        ]
+        check_one_input([each.name for each in tensors], model=name, request_id=request.id)
+        wanted = []
+        for each in request.outputs:
+            check_output(each.name, model=name)
+            classes = _integers(each.parameters).get("classification", 0)
+            wanted.append(WantedOutput(each.name, num_classes=max(0, classes)))
+        pictures = self._pictures(request, tensors[0])
+        return InferRequest(
+            request.id, pictures, tuple(wanted) or all_outputs(), timeout_of(_integers(request.parameters))
+        )
+
+    def _pictures(self, request: Any, tensor: InputTensor) -> list[Picture]:
+        """From the raw contents, or from the typed ones."""
+        name, raw, contents = self.service.models.name, request.raw_input_contents, request.inputs[0].contents
+        if len(raw) > 1:
+            raise bad(f"unexpected additional input data for model '{name}'")
+        if raw:
+            return pictures_of_raw(tensor, memoryview(raw[0]), model=name, request_id=request.id)
+        if tensor.name == ENCODED:
+            packed = pack_bytes(contents.bytes_contents)
+            return pictures_of_raw(tensor, memoryview(packed), model=name, request_id=request.id)
+        return pictures_of_json(tensor, list(contents.uint_contents))
+
+
+UNARY = {
+    "ServerLive": InferenceService.server_live,
+    "ServerReady": InferenceService.server_ready,
+    "ModelReady": InferenceService.model_ready,
+    "ServerMetadata": InferenceService.server_metadata,
+    "ModelMetadata": InferenceService.model_metadata,
+    "ModelConfig": InferenceService.model_config,
+    "ModelStatistics": InferenceService.model_statistics,
+    "RepositoryIndex": InferenceService.repository_index,
+    "RepositoryModelLoad": InferenceService.repository_model_load,
+    "RepositoryModelUnload": InferenceService.repository_model_unload,
+    "ModelInfer": InferenceService.model_infer,
+}
+OPEN = ("ServerLive", "ServerReady")
+
+
+class GrpcServer:
+    """gRPC's server beside the HTTP one. Make it and use it on the event loop.
+
+    Args:
+        service: What answers.
+
+    Raises:
+        ServingError: If the port cannot be listened on.
+    """
+
+    def __init__(self, service: Service) -> None:
+        settings = service.settings
+        self._service = service
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", settings.max_body_bytes),
+                ("grpc.max_concurrent_streams", settings.max_waiting),
+                ("grpc.so_reuseport", 0),  # a port in use should be told, not shared
+            ]
+        )
+        self._server.add_generic_rpc_handlers([self._inference(), self._health()])
+        self.port = self._listen()
+
+    async def start(self) -> None:
+        """Begins to answer."""
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Takes no new calls, and waits for those under way."""
+        await self._server.stop(self._service.settings.grace_s)
+
+    def _listen(self) -> int:
+        settings = self._service.settings
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"{host}:{settings.grpc_port}"
+        try:
+            if settings.tls_cert is None or settings.tls_key is None:
+                return int(self._server.add_insecure_port(address))
+            pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
+            return int(self._server.add_secure_port(address, grpc.ssl_server_credentials([pair])))
+        except RuntimeError as error:
+            raise ServingError(f"cannot listen on {address} for gRPC. Choose with --grpc-port.") from error
+
+    def _inference(self) -> grpc.GenericRpcHandler:
+        calls = InferenceService(self._service)
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(
+                self._guarded(name, method, calls),
+                request_deserializer=calls.types[f"{name}Request"].FromString,
+                response_serializer=calls.types[f"{name}Response"].SerializeToString,
+            )
+            for name, method in UNARY.items()
+        }
+        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            self._guarded_stream(calls),
+            request_deserializer=calls.types["ModelInferRequest"].FromString,
+            response_serializer=calls.types["ModelStreamInferResponse"].SerializeToString,
+        )
+        return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
+
+    def _health(self) -> grpc.GenericRpcHandler:
+        """The usual health check, which Kubernetes asks."""
+        types = message_classes("grpc.health.v1", HEALTH)
+
+        async def check(request: Any, context: Context) -> Any:  # noqa: ARG001
+            return types["HealthCheckResponse"](status=SERVING if self._service.is_ready else NOT_SERVING)
+
+        handler = grpc.unary_unary_rpc_method_handler(
+            check,
+            request_deserializer=types["HealthCheckRequest"].FromString,
+            response_serializer=types["HealthCheckResponse"].SerializeToString,
+        )
+        return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
+
+    def _guarded(self, name: str, method: Handler, calls: InferenceService) -> Callable[[Any, Context], Awaitable[Any]]:
+        """A call that is admitted, counted, and ends in an answer or in the protocol's words for a mistake."""
+
+        async def call(request: Any, context: Context) -> Any:
+            start, status = time.perf_counter(), 499
+            try:
+                if name not in OPEN:
+                    self._admit(context)
+                answer = await method(calls, request, context)
+                status = 200
+            except RequestError as error:
+                status = error.status
+                logger.info("gRPC %s %s", name, error.message, extra={"status": status})
+                if error.retry_after_s is not None:
+                    context.set_trailing_metadata((("retry-after", str(max(1, error.retry_after_s))),))
+                await context.abort(CODES.get(status, grpc.StatusCode.INTERNAL), error.message)
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                status = 500
+                logger.exception("the gRPC call %s failed", name)
+                await context.abort(grpc.StatusCode.INTERNAL, "the server failed")
+            finally:
+                self._service.metrics.request(f"grpc_{name}", status, time.perf_counter() - start)
+            return answer
+
+        return call
+
+    def _guarded_stream(self, calls: InferenceService) -> Callable[[AsyncIterator[Any], Context], AsyncIterator[Any]]:
+        async def call(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            try:
+                self._admit(context)
+            except RequestError as error:
+                await context.abort(CODES[error.status], error.message)
+            async for answer in calls.model_stream_infer(requests, context):
+                yield answer
+
+        return call
+
+    def _admit(self, context: Context) -> None:
+        metadata = dict(context.invocation_metadata() or ())
+        if not self._service.admits(str(metadata.get("authorization", "")).encode()):
+            raise RequestError(UNAUTHORIZED, "this server wants a bearer token")
+
+
+def _integers(parameters: Iterable[Any]) -> dict[str, int]:
+    """The whole numbers among parameters."""
+    return {each.key: each.value.int64_param or each.value.uint64_param for each in parameters}

@@ -1,0 +1,158 @@
+"""int8: the half of a graph after the seam, for processors with instructions for it (AVX-512 VNNI and its like).
+
+Static, in QDQ form, activations uint8, weights int8 a channel: in onnxruntime the only choice of types that is fast.
+Weights use seven of their eight bits: on a processor without VNNI the products of eight saturate, and the same graph
+would answer otherwise there. What no convolution follows stays in float: the pooled features, which differ in size by
+orders of magnitude between depths, and the head. For the first convolution that may help or make it slow, so both are
+tried. Called by export_onnx. No torch.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from deploy.predictor import BATCH_SIZE
+from tasks.export.graph import canonical
+
+ROUNDS = 15
+RUNS = 3  # of a round: what takes less than a millisecond is timed together
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two graphs' answers for the same pictures, as shares of them.
+
+    Args:
+        accuracy_fp32: Right in fp32.
+        accuracy_int8: Right in int8.
+        agreement: Given the same class by both.
+    """
+
+    accuracy_fp32: float
+    accuracy_int8: float
+    agreement: float
+
+
+class _Pixels(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+    """Gives the calibration pictures one by one."""
+
+    def __init__(self, pixels: Iterable[NDArray[np.float32]]) -> None:
+        self._rest: Iterator[NDArray[np.float32]] = iter(pixels)
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        picture = next(self._rest, None)
+        return None if picture is None else {"pixels": picture}
+
+
+def quantised(back: onnx.ModelProto, pixels: Iterable[NDArray[np.float32]], *, first_in_float: bool) -> onnx.ModelProto:
+    """The graph ``pixels`` → ``probabilities``, ``embedding`` with its convolutions in int8.
+
+    Args:
+        back: The half after the seam.
+        pixels: What the network sees of each calibration picture, (1, 3, S, S).
+        first_in_float: Whether the first convolution stays as it is.
+
+    Returns:
+        A graph of standard operators; equal arguments make equal bytes on equal processors.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, prepared, made = (Path(folder) / name for name in ("source.onnx", "prepared.onnx", "made.onnx"))
+        onnx.save(back, source)
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            onnx.load(prepared),
+            made,
+            _Pixels(pixels),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            nodes_to_exclude=kept_in_float(onnx.load(prepared).graph, first_in_float=first_in_float),
+        )
+        model = canonical(onnx.load(made), keep="")
+    used = {node.domain for node in model.graph.node}
+    opsets = [entry for entry in model.opset_import if entry.domain in used]  # onnxruntime names all that it knows
+    del model.opset_import[:]
+    model.opset_import.extend(opsets)
+    return model
+
+
+def kept_in_float(graph: onnx.GraphProto, *, first_in_float: bool) -> list[str]:
+    """The nodes that no convolution follows and, where asked for, the first convolution."""
+    kept = [next(node.name for node in graph.node if node.op_type == "Conv")] if first_in_float else []
+    leads_to_one: set[str] = set()
+    for node in reversed(graph.node):
+        if node.op_type == "Conv" or leads_to_one.intersection(node.output):
+            leads_to_one.update(node.input)
+        else:
+            kept.append(node.name)
+    return kept
+
+
+def compare(
+    fp32: ort.InferenceSession,
+    variants: Sequence[ort.InferenceSession],
+    pixels: Iterable[NDArray[np.float32]],
+    truth: NDArray[np.int64],
+) -> list[Comparison]:
+    """Compares quantised graphs with the one in fp32 on labelled pictures.
+
+    Args:
+        fp32: ``pixels`` → ``probabilities``.
+        variants: The same, quantised.
+        pixels: Of each picture, (1, 3, S, S).
+        truth: Column of each picture's class, (N,).
+
+    Returns:
+        One comparison a variant.
+    """
+    answers = np.array(
+        [
+            [session.run(["probabilities"], {"pixels": picture})[0].argmax() for session in (fp32, *variants)]
+            for picture in pixels
+        ]
+    )  # (N, 1 + V)
+    right = (answers == truth[:, None]).mean(axis=0)
+    same = (answers == answers[:, :1]).mean(axis=0)
+    return [Comparison(float(right[0]), float(right[each]), float(same[each])) for each in range(1, answers.shape[1])]
+
+
+def speedup(slow: ort.InferenceSession, fast: ort.InferenceSession, pixels: NDArray[np.float32]) -> float:
+    """How many times faster a session is than another, at a batch of 1 or at the predictor's, whichever is less.
+
+    In processor time of this thread, in turns: what others do on this machine counts little. Sessions have one thread.
+
+    Args:
+        slow: The session to compare with.
+        fast: The session that should be faster.
+        pixels: At least BATCH_SIZE pictures, (N, 3, S, S).
+    """
+    ratios = []
+    for batch in (pixels[:1], pixels[:BATCH_SIZE]):
+        times_s = np.empty((ROUNDS, 2))
+        for turn in range(-1, ROUNDS):
+            for place, session in enumerate((slow, fast)):
+                start = time.thread_time()
+                for _ in range(RUNS):
+                    session.run(None, {"pixels": batch})
+                times_s[turn, place] = time.thread_time() - start
+        before, after = np.median(times_s, axis=0)
+        ratios.append(float(before / after))
+    return min(ratios)

@@ -1,0 +1,210 @@
+"""The protocol over gRPC, asked by NVIDIA's own client, whose proto is another copy than ours."""
+
+import queue
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.serving.grpc_messages import HEALTH, INFERENCE, message_classes
+from tests.deploy.serving.running import Running, add_version, serving
+from tests.deploy.tiny_bundle import LABELS, colour_image, encoded
+
+grpc = pytest.importorskip("grpc")
+client_module = pytest.importorskip("tritonclient.grpc")
+InferenceServerException = pytest.importorskip("tritonclient.utils").InferenceServerException
+
+OTHER_NAMES = {
+    "Port": ("ModelMetadataResponse.TensorMetadata", "ModelInferResponse.InferOutputTensor"),
+    "Value": ("InferParameter",),
+    "Parameter": ("ModelInferRequest.ParametersEntry",),
+    "Contents": ("InferTensorContents",),
+    "Input": ("ModelInferRequest.InferInputTensor",),
+    "Wanted": ("ModelInferRequest.InferRequestedOutputTensor",),
+    "ModelIndex": ("RepositoryIndexResponse.ModelIndex",),
+    "Duration": ("StatisticDuration",),
+}
+
+
+@pytest.fixture(scope="module")
+def client(running: Running) -> Iterator[Any]:
+    with client_module.InferenceServerClient(f"127.0.0.1:{running.grpc_port}") as client:
+        yield client
+
+
+def images_input(*labels: str) -> Any:
+    images = np.stack([colour_image(label) for label in labels])
+    asked = client_module.InferInput("images", images.shape, "UINT8")
+    asked.set_data_from_numpy(images)
+    return asked
+
+
+def encoded_input(*labels: str) -> Any:
+    asked = client_module.InferInput("encoded", [len(labels)], "BYTES")
+    asked.set_data_from_numpy(np.array([encoded(colour_image(label)) for label in labels], dtype=np.object_))
+    return asked
+
+
+def kind_of(field: Any) -> str:
+    """An enum is an int32 in bytes."""
+    kinds = {field.TYPE_ENUM: field.TYPE_INT32}
+    return f"{kinds.get(field.type, field.type)}{'*' if field.is_repeated else ''}"
+
+
+def test_our_messages_are_those_of_the_public_proto() -> None:
+    from tritonclient.grpc import model_config_pb2, service_pb2
+
+    protos = (service_pb2.DESCRIPTOR, model_config_pb2.DESCRIPTOR)
+    public = {name: message for proto in protos for name, message in proto.message_types_by_name.items()}
+    for name, ours in message_classes("inference", INFERENCE).items():
+        for other in OTHER_NAMES.get(name, (name,)):
+            outer, _, inner = other.partition(".")
+            theirs = public[outer].nested_types_by_name[inner] if inner else public[outer]
+            for field in ours.DESCRIPTOR.fields:
+                same = theirs.fields_by_name[field.name]
+                assert (field.number, kind_of(field)) == (same.number, kind_of(same)), (name, field.name)
+
+
+def test_what_it_asks_of_the_server(client: Any) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("m")
+    assert client.is_model_ready("m", "1")
+    assert not client.is_model_ready("m", "7")
+    assert not client.is_model_ready("other")
+    assert client.get_server_metadata(as_json=True)["name"] == "tanuki"
+    assert client.get_model_metadata("m").inputs[0].name == "images"
+    assert client.get_model_metadata("m", "1").versions == ["1"]
+    config = client.get_model_config("m").config
+    assert config.max_batch_size == 8
+    assert [port.data_type for port in config.input] == [2, 13]  # TYPE_UINT8, TYPE_STRING
+    (index,) = client.get_model_repository_index().models
+    assert (index.name, index.version, index.state) == ("m", "1", "READY")
+    client.load_model("m")
+
+
+def test_infer(client: Any) -> None:
+    result = client.infer("m", [images_input(*LABELS)], request_id="mine", model_version="1", client_timeout=20)
+    assert result.get_response().id == "mine"
+    assert result.as_numpy("probabilities").argmax(axis=1).tolist() == [0, 1, 2]
+    assert result.as_numpy("embedding").shape == (3, 3)
+
+
+def test_infer_encoded_pictures_and_their_classes(client: Any) -> None:
+    wanted = [client_module.InferRequestedOutput("probabilities", class_count=1)]
+    result = client.infer("m", [encoded_input("grün", "blau")], outputs=wanted)
+    assert [row[0].decode().split(":", 2)[2] for row in result.as_numpy("probabilities")] == ["grün", "blau"]
+
+
+def test_typed_contents_are_understood_as_well(running: Running) -> None:
+    types = message_classes("inference", INFERENCE)
+    image = colour_image("blau")
+    inputs = [
+        {
+            "name": "images",
+            "datatype": "UINT8",
+            "shape": [1, *image.shape],
+            "contents": {"uint_contents": image.ravel().tolist()},
+        },
+        {"name": "encoded", "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [encoded(image)]}},
+    ]
+    with grpc.insecure_channel(f"127.0.0.1:{running.grpc_port}") as channel:
+        call = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=types["ModelInferRequest"].SerializeToString,
+            response_deserializer=types["ModelInferResponse"].FromString,
+        )
+        answers = [call(types["ModelInferRequest"](model_name="m", inputs=[each])) for each in inputs]
+        rows = [np.frombuffer(answer.raw_output_contents[0], np.float32) for answer in answers]
+        np.testing.assert_allclose(rows[0], rows[1], atol=1e-6)
+        with pytest.raises(grpc.RpcError) as refused:
+            call(types["ModelInferRequest"](model_name="m", inputs=inputs))
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_infer_by_callback_and_by_stream(client: Any) -> None:
+    answers: queue.Queue[Any] = queue.Queue()
+    client.async_infer("m", [images_input("rot no 1e-3")], lambda result, error: answers.put((result, error)))
+    result, error = answers.get(timeout=20)
+    assert error is None
+    assert result.as_numpy("probabilities").argmax() == 2
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    client.async_stream_infer("m", [images_input("grün")])
+    client.async_stream_infer("other", [images_input("grün")])
+    client.async_stream_infer("m", [images_input("blau")])
+    told = [answers.get(timeout=20) for _ in range(3)]
+    client.stop_stream()
+    assert [result.as_numpy("probabilities").argmax() for result, error in (told[0], told[2])] == [1, 0]
+    assert "unknown model" in str(told[1][1])
+
+
+def test_mistakes_have_their_code_and_the_same_words(client: Any) -> None:
+    wrong_shape = client_module.InferInput("images", [1, 3, 10, 10], "UINT8")
+    wrong_shape.set_data_from_numpy(np.zeros((1, 3, 10, 10), np.uint8))
+    wrong_type = client_module.InferInput("images", [1, 1, 1, 3], "FP32")
+    wrong_type.set_data_from_numpy(np.zeros((1, 1, 1, 3), np.float32))
+    for call, code, message in (
+        (lambda: client.infer("other", [images_input("blau")]), "NOT_FOUND", "unknown model: 'other' is not found"),
+        (lambda: client.infer("m", [images_input("blau")], "7"), "NOT_FOUND", "version 7 is not found"),
+        (lambda: client.infer("m", [wrong_shape]), "INVALID_ARGUMENT", "Expected [-1,-1,-1,3], got [1,3,10,10]"),
+        (lambda: client.infer("m", [wrong_type]), "INVALID_ARGUMENT", "data-type is 'FP32'"),
+        (lambda: client.infer("m", [images_input(*["blau"] * 9)]), "INVALID_ARGUMENT", "must be <= 8"),
+        (lambda: client.infer("m", [images_input("blau"), encoded_input("blau")]), "INVALID_ARGUMENT", "got 2 inputs"),
+        (lambda: client.get_model_metadata("other"), "NOT_FOUND", "'other' is not found"),
+        (lambda: client.unload_model("m"), "INVALID_ARGUMENT", "promote or roll back"),
+        (lambda: client.load_model("other"), "INVALID_ARGUMENT", "failed to load 'other'"),
+        (lambda: client.get_system_shared_memory_status(), "UNIMPLEMENTED", ""),
+    ):
+        with pytest.raises(InferenceServerException) as told:
+            call()
+        assert told.value.status() == f"StatusCode.{code}"
+        assert message in told.value.message()
+
+
+def test_statistics_count_what_was_asked(client: Any) -> None:
+    before = client.get_inference_statistics("m").model_stats[0]
+    client.infer("m", [images_input("blau", "grün")])
+    after = client.get_inference_statistics("m", "1").model_stats[0]
+    assert after.inference_count == before.inference_count + 2
+    assert after.inference_stats.success.count == before.inference_stats.success.count + 1
+
+
+def test_the_usual_health_check(running: Running) -> None:
+    types = message_classes("grpc.health.v1", HEALTH)
+    with grpc.insecure_channel(f"127.0.0.1:{running.grpc_port}") as channel:
+        check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=types["HealthCheckRequest"].SerializeToString,
+            response_deserializer=types["HealthCheckResponse"].FromString,
+        )
+        assert check(types["HealthCheckRequest"]()).status == 1
+
+
+def test_tokens_keep_others_out_and_sigterm_ends_it(tmp_path: Path) -> None:
+    add_version(tmp_path / "registry", tmp_path)
+    (tmp_path / "tokens").write_text("secret\n")
+    with serving(tmp_path / "registry", tmp_path, "--grpc-port", "0", "--token-file", "tokens") as running:
+        with client_module.InferenceServerClient(f"127.0.0.1:{running.grpc_port}") as client:
+            assert client.is_server_live()
+            with pytest.raises(InferenceServerException) as refused:
+                client.infer("tanuki", [images_input("blau")])
+            assert refused.value.status() == "StatusCode.UNAUTHENTICATED"
+            told = client.infer("tanuki", [images_input("blau")], headers={"authorization": "Bearer secret"})
+            assert told.as_numpy("probabilities").argmax() == 0
+        assert running.stop() == 0
+
+
+def test_a_port_in_use_is_told(running: Running, tmp_path: Path) -> None:
+    add_version(tmp_path / "registry", tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-m", "deploy.serving", "--registry", str(tmp_path / "registry"), "--port", "0"]
+        port = str(taken.getsockname()[1])
+        run = subprocess.run([*command, "--grpc-port", port], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 1
+    assert "Choose with --grpc-port" in run.stderr
+    assert "Traceback" not in run.stderr

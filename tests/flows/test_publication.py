@@ -1,0 +1,188 @@
+"""Publishing: bytes, then pointers, then names; found by GTO and DVC; nothing half-published, wherever it is killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.bundle import verify_bundle
+from deploy.errors import RegistryError
+from deploy.registry import Registry
+from flows.publication import Published, publish_champion
+from flows.workspace import WorkspaceError, exclusive, find_workspace
+from tasks.layout import Layout
+from tests.conftest import Workspace, clone
+from tests.deploy.tiny_bundle import write_colour_bundle
+from tests.flows.test_cli import paragraph
+from tests.flows.test_inbox import add_remote
+
+PIPELINE = """
+stages:
+  export_onnx:
+    cmd: python -c "import shutil; shutil.copytree('made', 'data/bundle')"
+    deps: [made]
+    outs: [data/bundle]
+artifacts:
+  tanuki: {path: data/bundle, type: model}
+"""
+
+
+@pytest.fixture(scope="module")
+def published_from(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Path:
+    """A workspace whose pipeline copies a bundle, with a champion; beside it its upstream."""
+    folder = tmp_path_factory.mktemp("publication")
+    workspace = clone(folder / "workspace", prefect_home)
+    (workspace.root / "dvc.yaml").write_text(PIPELINE)
+    (workspace.root / ".gitignore").write_text("/made\n", "utf-8")
+    workspace.run("git", "add", "--all")
+    workspace.run("git", "commit", "--quiet", "--message", "Pipeline")
+    workspace.run("git", "init", "--quiet", "--bare", "--initial-branch", "main", "../upstream.git")
+    workspace.run("git", "remote", "add", "origin", "../upstream.git")
+    workspace.run("git", "push", "--quiet", "--set-upstream", "origin", "main")
+    champion(workspace, find_workspace(workspace.root), 8.0)
+    return folder
+
+
+@pytest.fixture
+def workspace(published_from: Path, tmp_path: Path, prefect_home: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A copy of it that a test may do anything to."""
+    shutil.copytree(published_from, tmp_path, dirs_exist_ok=True, symlinks=True)
+    workspace = Workspace(tmp_path / "workspace", prefect_home)
+    for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"):
+        monkeypatch.setenv(name, workspace.environment[name])
+    add_remote(workspace, tmp_path / "storage")
+    workspace.run("git", "push", "--quiet")
+    return workspace
+
+
+@pytest.fixture
+def layout(workspace: Workspace) -> Layout:
+    return find_workspace(workspace.root)
+
+
+def champion(workspace: Workspace, layout: Layout, sharpness: float) -> None:
+    """A new champion, as a retrain leaves it."""
+    write_colour_bundle(layout.root / "made", sharpness=sharpness)
+    workspace.dvc("repro", "--quiet")
+    registry = Registry(layout.registry_dir)
+    version = registry.register(layout.bundle_dir, {})
+    registry.promote(version.id, reason="better", expected=registry.champion_id())
+
+
+def upstream_tags(workspace: Workspace, tmp_path: Path) -> list[str]:
+    return workspace.run("git", "--git-dir", tmp_path / "upstream.git", "tag", "--list").stdout.split()
+
+
+def in_production(workspace: Workspace, repository: Path | str) -> str:
+    """What GTO says is in production, read from a git repository."""
+    told = workspace.run(
+        Path(sys.executable).parent / "gto", "show", "tanuki#prod", "--repo", repository, "--json"
+    ).stdout
+    (found,) = json.loads(told)
+    version: str = found["version"]
+    return version
+
+
+def test_what_is_published_is_found_by_gto_and_fetched_by_dvc(
+    workspace: Workspace, layout: Layout, tmp_path: Path
+) -> None:
+    upstream = tmp_path / "upstream.git"
+    (layout.root / "mine.txt").write_text("not to be published")
+    workspace.run("git", "add", "mine.txt")
+    with exclusive(layout, "retrain"):  # as the flow does
+        first = publish_champion(layout)
+    assert (first.version, first.remote, first.pushed_to) == (1, "storage", "origin/main")
+    assert first.tags == ("tanuki@v1.0.0", "tanuki#prod#1")
+    assert workspace.run("git", "show", "--name-only", "--format=", "HEAD").stdout.split() == ["dvc.lock"]
+    assert upstream_tags(workspace, tmp_path) == ["tanuki#prod#1", "tanuki@v1.0.0"]
+    fetched = tmp_path / "fetched"
+    workspace.dvc("artifacts", "get", upstream, "tanuki", "--stage", "prod", "--out", fetched)
+    assert verify_bundle(fetched).digest == Registry(layout.registry_dir).version(1).digest
+    assert publish_champion(layout) == Published(1, pushed_to="origin/main")
+    assert in_production(workspace, upstream) == "v1.0.0"
+
+
+@pytest.mark.slow
+def test_each_change_of_champion_is_published(workspace: Workspace, layout: Layout, tmp_path: Path) -> None:
+    upstream = tmp_path / "upstream.git"
+    write_colour_bundle(layout.root / "made", sharpness=9.0)
+    told = workspace.tanuki("publish", check=False)
+    assert "export_onnx would run. Run `tanuki retrain`" in paragraph(told)
+    write_colour_bundle(layout.root / "made", sharpness=8.0)
+    assert "tagged tanuki@v1.0.0 and tanuki#prod#1, pushed to origin/main." in workspace.tanuki("publish").stderr
+    champion(workspace, layout, 9.0)
+    assert publish_champion(layout).tags == ("tanuki@v2.0.0", "tanuki#prod#2")
+    assert in_production(workspace, upstream) == "v2.0.0"
+    told = workspace.tanuki("rollback", "--reason", "bad", "--publish")
+    assert "Version 1 is champion again" in told.stdout
+    assert "Published version 1: tagged tanuki#prod#3, pushed to origin/main." in told.stderr
+    assert in_production(workspace, upstream) == "v1.0.0"
+
+
+def test_what_cannot_be_told_truly_is_not_published(workspace: Workspace, layout: Layout, tmp_path: Path) -> None:
+    before = workspace.run("git", "rev-parse", "HEAD").stdout
+    (layout.root / "tasks" / "errors.py").write_text("edited")
+    with pytest.raises(WorkspaceError, match=r"does not have yet:(?s:.*)tasks/errors\.py(?s:.*)Commit it"):
+        publish_champion(layout)
+    workspace.run("git", "checkout", "--quiet", "--", "tasks")
+    workspace.run("git", "tag", "--annotate", "--message", "bundle of another", "tanuki@v1.0.0")
+    with pytest.raises(WorkspaceError, match="Let one machine publish"):
+        publish_champion(layout)
+    workspace.run("git", "tag", "--delete", "tanuki@v1.0.0")
+    write_colour_bundle(layout.bundle_dir, sharpness=9.0)
+    assert "nothing to publish before the next promotion" in publish_champion(layout).text()
+    assert workspace.run("git", "rev-parse", "HEAD").stdout == before
+    assert upstream_tags(workspace, tmp_path) == []
+    assert not (tmp_path / "storage").exists()
+
+
+def test_without_a_remote_or_a_champion_it_says_what_to_do(workspace: Workspace, layout: Layout) -> None:
+    (workspace.root / ".dvc" / "config").write_text("[core]\n    autostage = true\n")
+    with pytest.raises(WorkspaceError, match="dvc remote add -d"):
+        publish_champion(layout)
+    shutil.rmtree(layout.registry_dir)
+    with pytest.raises(RegistryError, match="no champion yet"):
+        publish_champion(layout)
+
+
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+from flows.publication import Published, publish_champion
+from flows.workspace import find_workspace
+def hook(event, args):
+    if event == "subprocess.Popen" and sys.argv[1] in " ".join(map(str, args[1])):
+        os.kill(os.getpid(), signal.SIGKILL)
+layout = find_workspace(Path.cwd())
+sys.addaudithook(hook)
+publish_champion(layout)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["data status", "commit --quiet", "tanuki@v1.0.0 HEAD", "--atomic"])
+def test_a_kill_anywhere_leaves_nothing_half_published_and_the_next_run_finishes(
+    repository: Path, workspace: Workspace, layout: Layout, tmp_path: Path, before: str
+) -> None:
+    environment = {**workspace.environment, "PYTHONPATH": str(repository)}
+    command = [sys.executable, "-c", KILLED_AT]
+    killed = subprocess.run(
+        [*command, before], cwd=workspace.root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert upstream_tags(workspace, tmp_path) == []
+    told = workspace.run("git", "--git-dir", tmp_path / "upstream.git", "ls-tree", "--name-only", "main").stdout
+    assert "dvc.lock" not in told.split()
+    subprocess.run([*command, "never"], cwd=workspace.root, env=environment, check=True)
+    assert upstream_tags(workspace, tmp_path) == ["tanuki#prod#1", "tanuki@v1.0.0"]
+    assert workspace.run("git", "rev-list", "--count", "@{upstream}..HEAD").stdout == "0\n"
+    assert workspace.run("git", "status", "--porcelain").stdout == ""
+    shutil.rmtree(workspace.root / ".dvc" / "cache")
+    shutil.rmtree(layout.bundle_dir)
+    workspace.dvc("pull", "--quiet", os.fspath(Path("data") / "bundle"))
+    assert verify_bundle(layout.bundle_dir).digest == Registry(layout.registry_dir).version(1).digest
