@@ -311,9 +311,10 @@ def _recheck(store: FeatureStore, chosen: list[Work], extractor: Extractor) -> i
     return len(stale)
 
 
-def _extract(store: FeatureStore, missing: list[Work], extractor: Extractor, batch_size: int) -> int:
+def _extract(store: FeatureStore, missing: list[Work], extractor: Extractor, batch_size: int | Literal["auto"]) -> int:
     """Computes and commits what is missing, `COMMIT_ROWS` at a time; gives the number of rows stored."""
-    batches = _batches(progress(missing, total=len(missing), what="cache_features"), batch_size)
+    size = extractor.engine.batch_size if batch_size == "auto" else batch_size
+    batches = _batches(progress(missing, total=len(missing), what="cache_features"), size)
     unusable: list[str] = []
     overflowing: list[str] = []
     pending: list[Extracted] = []

@@ -81,7 +81,7 @@ class FeaturesParams(Section):
     depths: Annotated[int, Field(ge=1, le=8)]
     views: Annotated[int, Field(ge=1, le=8)] | Auto
     engine: Literal["auto", "onnxruntime", "openvino", "torch"]
-    batch_size: Positive
+    batch_size: Positive | Auto
     recheck: Annotated[int, Field(ge=0)]
 
 

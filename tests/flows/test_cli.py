@@ -50,8 +50,8 @@ def test_every_mistake_in_params_is_told_at_once(workspace: Workspace) -> None:
 
 
 def test_a_number_written_as_text_is_a_mistake(workspace: Workspace) -> None:
-    workspace.set_param("features.batch_size", "32")
-    assert "features.batch_size" in paragraph(
+    workspace.set_param("features.recheck", "32")
+    assert "features.recheck" in paragraph(
         workspace.run(sys.executable, "-m", "tasks", "fetch_backbone", check=False)
     )
 

@@ -257,7 +257,7 @@ class TestCacheFeatures:
     ) -> None:
         other = make_workspace(tmp_path_factory.mktemp("other"), {"ant": 10, "bee": 10})
         run(layout, batch_size=1)
-        run(other, batch_size=32)
+        run(other, batch_size="auto")
         assert contents(layout.features_dir) == contents(other.features_dir)
 
     def test_a_feature_is_what_the_backbone_gives_for_the_view(self, layout: Layout) -> None:

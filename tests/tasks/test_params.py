@@ -32,7 +32,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path, params_text: str) ->
         ("seed: 0", "seed: true", "seed: "),
         ("layout: folders", "layout: zip", "data.layout"),
         ("hflip: false", "hflip: 'no'", "augment.hflip"),
-        ("batch_size: 32", "batch_size: 0", "features.batch_size"),
+        ("batch_size: auto", "batch_size: 0", "features.batch_size"),
         ("views: auto", "views: many", "features.views"),
         ("stages: [top, rest]", "stages: [top, bottom]", "finetune.stages.1"),
         ("mean: null", "mean: [0.5, 0.5]", "backbone.mean"),
