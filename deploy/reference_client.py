@@ -2,7 +2,8 @@
 
     python reference_client.py BUNDLE FILE...
 
-The graph crops, resizes and normalises; outside it there is only this decoding. A test holds it to deploy's predictor.
+The whole graph, in fp32, crops, resizes and normalises; outside it there is only this decoding. A test holds both to
+deploy's predictor.
 """
 
 import json

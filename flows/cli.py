@@ -435,6 +435,9 @@ def collect_garbage(
     forget: Annotated[
         list[int] | None, typer.Option(help="A version whose features may go; may be given again.", min=1)
     ] = None,
+    keep_last: Annotated[
+        int | None, typer.Option(help="Remove versions never live first, but for so many of the youngest.", min=1)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Drop the stored features that neither the current images nor a version of the registry needs."""
@@ -442,7 +445,7 @@ def collect_garbage(
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "gc"):
-        report = collect_garbage(layout, dry_run=dry_run, forget=forget or ())
+        report = collect_garbage(layout, dry_run=dry_run, forget=forget or (), keep_last=keep_last)
     _print_json(report.as_dict()) if as_json else out.print(escape(report.text()))
 
 

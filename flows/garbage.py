@@ -36,13 +36,21 @@ class GarbageReport:
     Args:
         dry_run: Whether it is only told.
         orphans: Of each space that has some.
+        versions: Of the registry.
     """
 
     dry_run: bool
     orphans: tuple[Orphans, ...]
+    versions: tuple[int, ...] = ()
 
     def text(self) -> str:
         """The report for a person."""
+        if not self.versions:
+            return self._features_text()
+        told = "Would remove" if self.dry_run else "Removed"
+        return f"{told} version {', '.join(map(str, self.versions))}, never live.\n{self._features_text()}"
+
+    def _features_text(self) -> str:
         if not self.orphans:
             return "Every stored feature is needed by the current images or by a version of the registry."
         rows, freed = (sum(getattr(each, name) for each in self.orphans) for name in ("rows", "freed_bytes"))
@@ -60,13 +68,16 @@ class GarbageReport:
         return asdict(self)
 
 
-def collect_garbage(layout: Layout, *, dry_run: bool, forget: Collection[int] = ()) -> GarbageReport:
+def collect_garbage(
+    layout: Layout, *, dry_run: bool, forget: Collection[int] = (), keep_last: int | None = None
+) -> GarbageReport:
     """Takes out of data/features what neither the current manifest nor a registry version needs.
 
     Args:
         layout: The workspace, held by the caller.
         dry_run: Only tell.
         forget: Registry versions whose features may go.
+        keep_last: Where given, versions that were never live go first, but for this many of the youngest.
 
     Raises:
         WorkspaceError: If DVC's cache lacks what tells a version's images or backbone; names all such versions.
@@ -75,13 +86,18 @@ def collect_garbage(layout: Layout, *, dry_run: bool, forget: Collection[int] = 
     needed: defaultdict[Backbone, set[str]] = defaultdict(set)
     if layout.accepted.is_file() and layout.backbone_card.is_file():
         needed[_backbone(layout.backbone_card)] |= _images(layout.accepted)
-    for backbone, images in _needs_of_versions(layout, forget):
+    registry = Registry(layout.registry_dir)
+    versions = () if keep_last is None else tuple(registry.sweepable(keep_last=keep_last))
+    for backbone, images in _needs_of_versions(layout, {*forget, *versions}):
         needed[backbone] |= images
+    if versions and keep_last is not None and not dry_run:
+        registry.sweep(keep_last=keep_last)
 
     def images_of(space: Space) -> set[str]:
         return needed.get(Backbone(space.trunk_sha256, space.preprocessing_sha256), set())
 
-    return GarbageReport(dry_run, tuple(drop_orphans(layout.features_dir, images_of, dry_run=dry_run)))
+    orphans = drop_orphans(layout.features_dir, images_of, dry_run=dry_run)
+    return GarbageReport(dry_run, tuple(orphans), versions)
 
 
 def _needs_of_versions(layout: Layout, forget: Collection[int]) -> list[tuple[Backbone, set[str]]]:

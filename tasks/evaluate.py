@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from tasks.params import EvaluateParams
 
 LATENCY_PICTURES = 8
-THROUGHPUT_PICTURES, THROUGHPUT_ROUNDS = 64, 3
+THROUGHPUT_PICTURES, THROUGHPUT_ROUNDS = 32, 3
 MISTAKES_SHOWN = 18
 CONFUSIONS_SHOWN = 10
 
@@ -433,6 +433,7 @@ def _facts(
         weights_licence=card.licence,
         kept_stages=kept,
         preprocessing=bundle.preprocessing["words"],
+        precision=bundle.precision,
         confidence=report.confidence,
         measured={
             "class prototypes": report.class_prototypes,

@@ -99,7 +99,19 @@ def test_a_version_that_nobody_can_tell_the_needs_of_stops_it(layout: Layout, wo
     with pytest.raises(WorkspaceError, match=rf"version\(s\) {version}.*nothing was changed.*--forget {version}`"):
         collect_garbage(layout, dry_run=False)
     told = json.loads(workspace.tanuki("gc", "--dry-run", "--forget", str(version), "--json").stdout)
-    assert told == {"dry_run": True, "orphans": []}
+    assert told == {"dry_run": True, "orphans": [], "versions": []}
+
+
+def test_versions_that_were_never_live_go_with_the_features_that_they_alone_needed(layout: Layout) -> None:
+    extract(layout)
+    registry = Registry(layout.registry_dir)
+    for sharpness in (7.0, 8.0):  # neither names its images, but both may go
+        registry.register(write_colour_bundle(layout.bundle_dir, sharpness=sharpness).directory, {})
+    assert collect_garbage(layout, dry_run=True, forget=[2], keep_last=1).versions == (1,)
+    assert [version.id for version in registry.versions()] == [1, 2]
+    done = collect_garbage(layout, dry_run=False, forget=[2], keep_last=1)
+    assert done.text().startswith("Removed version 1, never live.\nEvery stored feature is needed")
+    assert [version.id for version in registry.versions()] == [2]
 
 
 def test_shards_that_hold_both_are_written_anew_with_the_same_values(tmp_path: Path) -> None:
