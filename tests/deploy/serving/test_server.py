@@ -254,7 +254,7 @@ def test_a_client_that_left_is_not_worked_for(registry: Path, tmp_path: Path) ->
 def _ask_and_leave(port: int, picture: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port)) as line:
         line.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(picture) + picture)
-        time.sleep(0.3)
+        time.sleep(0.12)
 
 
 def test_a_timeout_that_the_client_names_is_kept(registry: Path, tmp_path: Path) -> None:
