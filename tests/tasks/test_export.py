@@ -1,6 +1,7 @@
 """Exported graphs compute what was trained, hold nothing of the machine, and are the same bytes everywhere."""
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
