@@ -97,9 +97,9 @@ def _event(path: Path, number: int, line: bytes) -> Event:
     """The event of one line, checked: this is where a log that was edited by hand shows."""
     try:
         event = Event(**json.loads(line))
-        datetime.fromisoformat(event.time)
         is_whole = (
             event.sequence == number
+            and datetime.fromisoformat(event.time).tzinfo is not None
             and event.kind in KINDS
             and isinstance(event.version, int)
             and isinstance(event.champion, int | None)

@@ -43,7 +43,7 @@ COMPARISON: Mapping[str, tuple[str, Show]] = {
     "num_images": ("test images", "{:,}".format),
     "difference": ("difference", _points),
     "lower_bound": ("its lower bound", _points),
-    "margin": ("tolerated loss", _points),
+    "margin": ("tolerated loss", lambda margin: f"{100 * margin:.2f} points"),
     "wins": ("images won", "{:,}".format),
     "losses": ("images lost", "{:,}".format),
     "midp": ("McNemar's mid-p", "{:.3g}".format),

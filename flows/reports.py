@@ -278,6 +278,8 @@ def _verdict_lines(verdict: Verdict) -> list[str]:
     lines = [f"Gate         version {verdict.version} {OUTCOMES[verdict.outcome]}"]
     lines += [_wrapped("             ", reason) for reason in verdict.reasons]
     lines += [_wrapped("             ", f"warning: {warning}") for warning in verdict.warnings]
+    if uses := verdict.numbers.get("num_uses"):
+        lines.append(f"             these test images have been used for {uses} verdict{'s' * (uses > 1)} before")
     champion = "none" if verdict.champion is None else f"version {verdict.champion}"
     return [*lines, f"Champion     {champion}"]
 
@@ -295,6 +297,7 @@ def _next_commands(verdict: Verdict | None) -> Iterable[str]:
     return [
         *lines,
         "Look at      data/reports/evaluation/index.html  worst mistakes, confusion, classes, slices; works offline",
+        *(["             data/reports/gate/index.html        why the gate said so"] if verdict else []),
     ]
 
 

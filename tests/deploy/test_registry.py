@@ -363,6 +363,7 @@ def test_an_unfinished_last_line_is_passed_over_and_then_cut_off(filled: Registr
     [
         ('"sequence": 3', '"sequence": 4'),
         ('"kind": "promoted"', '"kind": "celebrated"'),
+        ('+00:00"', '"'),
         ('"version": 2', '"version": "two"'),
         ('"champion": 2, "decision": null, "files": null, "kind": "promoted"', '"champion": 1, "kind": "promoted"'),
         ("{", "["),
