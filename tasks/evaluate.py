@@ -433,6 +433,7 @@ def _facts(
         weights_licence=card.licence,
         kept_stages=kept,
         preprocessing=bundle.preprocessing["words"],
+        precision=bundle.precision,
         confidence=report.confidence,
         measured={
             "class prototypes": report.class_prototypes,

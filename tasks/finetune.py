@@ -2,7 +2,8 @@
 
 Reads the backbone, the probe and the accepted images; writes data/models/finetuned/: finetuned.json always, and the
 tuned network with its head only if a stage was kept. The method is in ``tasks.training.staged``, the rule in
-``tasks.training.selection``. An interrupted run goes on from data/models/checkpoints/ and gives the same bytes as one
+``tasks.training.selection``; ``adversarial``, the last stage where it is asked for, is in
+``tasks.training.adversarial``. An interrupted run goes on from data/models/checkpoints/ and gives the same bytes as one
 that was not. torch is imported where a stage is tried, and nowhere else: where none is, the seconds of its import would
 be most of a retrain.
 """
@@ -32,7 +33,7 @@ from tasks.export.preprocessing import preprocessing_graph
 from tasks.models.backbone_card import BackboneCard, read_card
 from tasks.models.head import CARD_NAME, WEIGHTS_NAME, Head, read_head, write_head
 from tasks.training.augmented import LabelledPixels, PixelSource
-from tasks.training.schedule import REFERENCE_BATCH_SIZE, TuningSettings, recipe_for
+from tasks.training.schedule import ADVERSARIAL, REFERENCE_BATCH_SIZE, AdversarialSettings, TuningSettings, recipe_for
 from tasks.training.selection import accuracy, best_temperature, negative_log_likelihood
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def _tuned(
     finetune: FinetuneParams,
 ) -> FinetuneReport:
     """Tries the stages and writes what came of them."""
+    from tasks.training.adversarial import harden
     from tasks.training.checkpoint import CheckpointFile
     from tasks.training.staged import deterministic_torch, fine_tune
 
@@ -137,15 +139,12 @@ def _tuned(
         sessions = _open_preprocessing(layout, card)
         train_pixels = _labelled(layout, train, head, sessions, report.views, augment)
         val_pixels = _labelled(layout, val, head, sessions, (CENTRE,), augment)
-        tuned = fine_tune(
-            network,
-            head,
-            train=train_pixels,
-            val=val_pixels,
-            stages=finetune.stages,
-            settings=_settings(card, seed, finetune),
-            checkpoints=checkpoints,
-        )
+        work: dict[str, Any] = {"train": train_pixels, "val": val_pixels, "settings": _settings(card, seed, finetune)}
+        plain = [stage for stage in finetune.stages if stage != ADVERSARIAL]
+        tuned = fine_tune(network, head, stages=plain, checkpoints=checkpoints, **work)
+        if ADVERSARIAL in finetune.stages:
+            work |= {"mean": card.mean, "std": card.std, "adversarial": _adversarial_settings(finetune)}
+            tuned = harden(network, tuned, checkpoints=checkpoints, **work)
     report, head = _concluded(report, tuned, val_pixels.labels)
     _write(layout, report, network if report.kept else None, head)
     checkpoints.remove()
@@ -254,6 +253,12 @@ def _settings(card: BackboneCard, seed: int, finetune: FinetuneParams) -> Tuning
         max_tflop=finetune.max_tflop,
         boundary_cache_bytes=int(finetune.boundary_cache_gb * BYTES_PER_GB),
     )
+
+
+def _adversarial_settings(finetune: FinetuneParams) -> AdversarialSettings:
+    """The parameters, with epsilon as a share of the range of a value."""
+    values = finetune.adversarial.model_dump()
+    return AdversarialSettings(**{**values, "epsilon": finetune.adversarial.epsilon / 255})
 
 
 def _concluded(report: FinetuneReport, tuned: FineTuned, labels: NDArray[np.int64]) -> tuple[FinetuneReport, Head]:

@@ -7,7 +7,7 @@ Read by tasks.__main__ for a stage, and by flows for the sections that concern t
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -96,6 +96,19 @@ class TrainHeadParams(Section):
     holdout_above: Positive
 
 
+class AdversarialParams(Section):
+    """Fine-tuning against attacks, the optional last stage."""
+
+    attack: Literal["fgsm_rs", "pgd"]
+    epsilon: Annotated[float, Field(gt=0, le=255)]
+    epochs: Positive
+    pgd_steps: Positive
+    clean_weight: Fraction
+    max_clean_loss: Fraction
+    max_fall: Fraction
+    val_images: Positive
+
+
 class FinetuneParams(Section):
     """Staged fine-tuning from the probe."""
 
@@ -113,7 +126,15 @@ class FinetuneParams(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     views: Positive
     boundary_cache_gb: Annotated[float, Field(ge=0)]
-    stages: Annotated[tuple[Literal["top", "rest"], ...], Field(strict=False)]
+    stages: Annotated[tuple[Literal["top", "rest", "adversarial"], ...], Field(strict=False)]
+    adversarial: AdversarialParams
+
+    @field_validator("stages")
+    @classmethod
+    def _adversarial_comes_last(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        if "adversarial" in stages[:-1]:
+            raise ValueError("adversarial comes once, as the last stage")
+        return stages
 
 
 class ExportOnnxParams(Section):

@@ -281,6 +281,9 @@ class GrpcServer:
                 status = 200
             except RequestError as error:
                 status = error.status
+                logger.info("gRPC %s %s", name, error.message, extra={"status": status})
+                if error.retry_after_s is not None:
+                    context.set_trailing_metadata((("retry-after", str(max(1, error.retry_after_s))),))
                 await context.abort(CODES.get(status, grpc.StatusCode.INTERNAL), error.message)
             except asyncio.CancelledError:
                 raise

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from deploy.bundle import Bundle, verify_bundle
-from deploy.errors import BundleError, RegistryError, TanukiError
-from deploy.golden import golden_pictures
+from deploy.bundle import Bundle
+from deploy.errors import RegistryError, TanukiError
+from deploy.golden import check_golden, golden_pictures
 from deploy.images import decode_image
 from deploy.predictor import Predictor
 from deploy.registry import CARD, Registry, Version
@@ -182,10 +182,9 @@ def load(registry: Registry, version: Version, *, public_key: Path | None = None
         from deploy.signing import require_signature  # an extra that only who asks for it needs
 
         require_signature(bundle, public_key)
-    predictor = Predictor(bundle, threads=1)
-    # After the sessions are open, so that a bundle that was exchanged meanwhile is not believed.
-    if verify_bundle(version.directory).digest != bundle.digest:
-        raise BundleError(f"{version.directory} was exchanged while it was loaded.")
+    check_golden(bundle)
+    predictor = Predictor(bundle, threads=1)  # now that the check's own sessions are gone
+    registry.bundle(version.id)  # once more, or a file that was exchanged before the sessions were open is believed
     _warm_up(predictor, bundle)
     give_memory_back()
     return LiveModel(version.id, bundle, predictor, registry.registered_lineage(version.id), _card(version.directory))

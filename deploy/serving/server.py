@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import resource
 import socket
 import ssl
 import sys
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from deploy.serving.grpc_server import GrpcServer
 
 BACKLOG = 2048
+SPARE_FILES = 256  # for everything but connections
 KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its side, so that it is the proxy who closes
 MAX_HEAD_BYTES = 65_536
 PIECE_BYTES = 1_048_576
@@ -146,6 +148,7 @@ def serve(settings: Settings) -> None:
     Raises:
         TanukiError: If it cannot start.
     """
+    _allow_connections(settings.max_connections)
     listener = _listen(settings)
     service = Service(settings)
     service.load()
@@ -212,6 +215,15 @@ def _listen(settings: Settings) -> socket.socket:
         raise ServingError(
             f"cannot listen on {settings.host}:{settings.port}: {reason}. Choose with --host, --port."
         ) from error
+
+
+def _allow_connections(number: int) -> None:
+    """Raises the process's soft limit of open files, which is lower than that on many systems, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _warn_if_open(settings: Settings) -> None:

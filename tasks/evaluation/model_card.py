@@ -29,6 +29,7 @@ class CardFacts:
         weights_licence: Of them; None where nobody said.
         kept_stages: Fine-tuning stages that were kept.
         preprocessing: In words.
+        precision: Of the numbers that it answers with: ``fp32`` or ``int8``.
         confidence: Of the intervals.
         measured: What was measured, by the name of the model: the interval of its accuracy, or why there is none.
         balanced_accuracy: Of what ships.
@@ -50,6 +51,7 @@ class CardFacts:
     weights_licence: str | None
     kept_stages: Sequence[str]
     preprocessing: str
+    precision: str
     confidence: float
     measured: Mapping[str, Accuracy | str]
     balanced_accuracy: float
@@ -94,6 +96,7 @@ def identity(facts: CardFacts) -> list[tuple[str, str]]:
         ("pretrained weights", facts.weights_source),
         ("licence of the weights", facts.weights_licence or "not stated: find out before you ship"),
         ("input", facts.preprocessing),
+        ("precision", facts.precision),
     ]
 
 

@@ -3,12 +3,13 @@
 Static, in QDQ form, activations uint8, weights int8 a channel: in onnxruntime the only choice of types that is fast.
 Weights use seven of their eight bits: on a processor without VNNI the products of eight saturate, and the same graph
 would answer otherwise there. What no convolution follows stays in float: the pooled features, which differ in size by
-orders of magnitude between depths, and the head. Called by export_onnx. No torch.
+orders of magnitude between depths, and the head. For the first convolution that may help or make it slow, so both are
+tried. Called by export_onnx. No torch.
 """
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +59,13 @@ class _Pixels(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has n
         return None if picture is None else {"pixels": picture}
 
 
-def quantised(back: onnx.ModelProto, pixels: Iterable[NDArray[np.float32]]) -> onnx.ModelProto:
+def quantised(back: onnx.ModelProto, pixels: Iterable[NDArray[np.float32]], *, first_in_float: bool) -> onnx.ModelProto:
     """The graph ``pixels`` → ``probabilities``, ``embedding`` with its convolutions in int8.
 
     Args:
         back: The half after the seam.
         pixels: What the network sees of each calibration picture, (1, 3, S, S).
+        first_in_float: Whether the first convolution stays as it is.
 
     Returns:
         A graph of standard operators; equal arguments make equal bytes on equal processors.
@@ -82,7 +84,7 @@ def quantised(back: onnx.ModelProto, pixels: Iterable[NDArray[np.float32]]) -> o
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            nodes_to_exclude=kept_in_float(onnx.load(prepared).graph),
+            nodes_to_exclude=kept_in_float(onnx.load(prepared).graph, first_in_float=first_in_float),
         )
         model = canonical(onnx.load(made), keep="")
     used = {node.domain for node in model.graph.node}
@@ -92,10 +94,10 @@ def quantised(back: onnx.ModelProto, pixels: Iterable[NDArray[np.float32]]) -> o
     return model
 
 
-def kept_in_float(graph: onnx.GraphProto) -> list[str]:
-    """The nodes that no convolution follows."""
+def kept_in_float(graph: onnx.GraphProto, *, first_in_float: bool) -> list[str]:
+    """The nodes that no convolution follows and, where asked for, the first convolution."""
+    kept = [next(node.name for node in graph.node if node.op_type == "Conv")] if first_in_float else []
     leads_to_one: set[str] = set()
-    kept = []
     for node in reversed(graph.node):
         if node.op_type == "Conv" or leads_to_one.intersection(node.output):
             leads_to_one.update(node.input)
@@ -106,26 +108,30 @@ def kept_in_float(graph: onnx.GraphProto) -> list[str]:
 
 def compare(
     fp32: ort.InferenceSession,
-    int8: ort.InferenceSession,
+    variants: Sequence[ort.InferenceSession],
     pixels: Iterable[NDArray[np.float32]],
     truth: NDArray[np.int64],
-) -> Comparison:
-    """Compares two graphs on labelled pictures.
+) -> list[Comparison]:
+    """Compares quantised graphs with the one in fp32 on labelled pictures.
 
     Args:
         fp32: ``pixels`` → ``probabilities``.
-        int8: The same, quantised.
+        variants: The same, quantised.
         pixels: Of each picture, (1, 3, S, S).
         truth: Column of each picture's class, (N,).
+
+    Returns:
+        One comparison a variant.
     """
     answers = np.array(
         [
-            [session.run(["probabilities"], {"pixels": picture})[0].argmax() for session in (fp32, int8)]
+            [session.run(["probabilities"], {"pixels": picture})[0].argmax() for session in (fp32, *variants)]
             for picture in pixels
         ]
-    )  # (N, 2)
+    )  # (N, 1 + V)
     right = (answers == truth[:, None]).mean(axis=0)
-    return Comparison(float(right[0]), float(right[1]), float((answers[:, 0] == answers[:, 1]).mean()))
+    same = (answers == answers[:, :1]).mean(axis=0)
+    return [Comparison(float(right[0]), float(right[each]), float(same[each])) for each in range(1, answers.shape[1])]
 
 
 def speedup(slow: ort.InferenceSession, fast: ort.InferenceSession, pixels: NDArray[np.float32]) -> float:

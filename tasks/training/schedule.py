@@ -19,6 +19,11 @@ USELESS_STEPS = 20
 EPOCHS_BY_SIZE = ((500, 20), (5_000, 10), (20_000, 6))
 """(training images below, epochs of the top stage)."""
 EPOCHS_ABOVE = 3
+ADVERSARIAL = "adversarial"
+"""Name of the stage that comes last where it is asked for; the others are in STAGE_SHAPES."""
+AttackName = Literal["fgsm_rs", "pgd"]
+SLOW_START, FAST_DECAY = 1e-2, 1e-3
+"""Shares of the full rate at the first and at the last step of adversarial fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,31 @@ class TuningSettings:
     max_steps: int
     max_tflop: float
     boundary_cache_bytes: int
+
+
+@dataclass(frozen=True)
+class AdversarialSettings:
+    """The numbers of the stage; see params.yaml, section ``finetune.adversarial``.
+
+    Attributes:
+        attack: That is trained against.
+        epsilon: Largest change of a value in [0, 1].
+        epochs: At most.
+        pgd_steps: Of the attack ``pgd`` in training.
+        clean_weight: Share of the loss on undisturbed pictures.
+        max_clean_loss: Validation accuracy that robustness may cost.
+        max_fall: Of the accuracy under PGD from one epoch to the next, before ``fgsm_rs`` gives way to ``pgd``.
+        val_images: At most so many validation pictures are attacked.
+    """
+
+    attack: AttackName
+    epsilon: float
+    epochs: int
+    pgd_steps: int
+    clean_weight: float
+    max_clean_loss: float
+    max_fall: float
+    val_images: int
 
 
 def recipe_for(architecture: str) -> Recipe:
@@ -214,3 +244,23 @@ def warmup_cosine(step: int, *, steps: int, warmup_fraction: float) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def slow_start_fast_decay(step: int, *, steps: int, warmup_fraction: float) -> float:
+    """Share of the full learning rate at a step of adversarial fine-tuning.
+
+    Linear from 1/100 to 1, so that what the network knows is not thrown away, then exponential down to 1/1000 at the
+    last step, before it learns the training pictures' own disturbances by heart. The numbers are ours.
+
+    Args:
+        step: From 0 to ``steps - 1``.
+        steps: Steps of the whole stage.
+        warmup_fraction: Share of the steps spent rising.
+
+    References:
+        Jeddi, Shafiee and Wong 2020, arXiv:2012.13628 (the shape).
+    """
+    warmup = min(round(steps * warmup_fraction), steps - 1)
+    if step < warmup:
+        return SLOW_START + (1 - SLOW_START) * step / warmup
+    return float(FAST_DECAY ** ((step - warmup) / max(steps - 1 - warmup, 1)))

@@ -138,7 +138,7 @@ def fine_tune(
             the outcome.
     """
     network.to(memory_format=torch.channels_last)
-    before = after = _logits(network, head, val.pixels, settings.batch_size)
+    before = after = logits_of(network, head, val.pixels, settings.batch_size)
     records: list[StageRecord] = []
     resumed = checkpoints.load()
     if resumed:
@@ -156,10 +156,10 @@ def fine_tune(
         stage = _Stage(shape, index, network, head, train, val, settings, checkpoints, tuple(records))
         record, head = stage.run(resumed if resumed and resumed.position["epoch"] else None)
         records.append(record)
-        resumed = Checkpoint(_position(records), _kept_tensors(network, head))
+        resumed = Checkpoint(position_of(records), kept_tensors(network, head))
         checkpoints.save(resumed)
     if any(record.kept for record in records):
-        after = _logits(network, head, val.pixels, settings.batch_size)
+        after = logits_of(network, head, val.pixels, settings.batch_size)
     return FineTuned(head, tuple(records), before, after)
 
 
@@ -190,7 +190,7 @@ class _Stage:
         """
         frozen = frozen_digest(self.network, self.group)
         val_source, val_bytes = self._open(self.val.pixels, 0, "val")
-        embeddings = _embeddings(self.network, self.group, val_source, self.settings.batch_size)
+        embeddings = embeddings_of(self.network, self.group, val_source, self.settings.batch_size)
         head = StandardisedHead(self.head, embeddings)
         with torch.no_grad():
             before = judge(head(embeddings).numpy(), self.val.labels)
@@ -239,7 +239,7 @@ class _Stage:
         rates = layer_group_learning_rates(
             self.network.num_groups + 1, settings.learning_rate * self.shape.rate_factor, settings.layer_decay
         )
-        flop = _flop_per_image(self.network, self.group, head, source) * settings.batch_size
+        flop = flop_per_image(self.network, self.group, head, source) * settings.batch_size
         length = stage_length(
             num_images=source.num_images,
             batch_size=settings.batch_size,
@@ -265,9 +265,7 @@ class _Stage:
         length = tuner.pace.length
         picks = len(self.val.labels) >= MIN_IMAGES_TO_PICK_EPOCHS
         best_nll, best, first = math.inf, dict[str, Tensor](), 0
-        kept = _kept_tensors(
-            self.network, self.head
-        )  # before anything moves: what a stage that is dropped goes back to
+        kept = kept_tensors(self.network, self.head)  # before anything moves: what a stage that is dropped goes back to
         if resumed:
             first = resumed.position["epoch"]
             best_nll = resumed.position["best_nll"] if picks else math.inf
@@ -275,7 +273,13 @@ class _Stage:
             tuner.restore(resumed.tensors, resumed.position["step"])
         for epoch in range(first, length.epochs):
             began = time.perf_counter()
-            batches = self._batches(source, epoch)[: length.steps - tuner.step]
+            batches = epoch_batches(
+                (self.settings.seed, self.index),
+                epoch,
+                num_images=source.num_images,
+                num_views=source.num_views,
+                batch_size=self.settings.batch_size,
+            )[: length.steps - tuner.step]
             targets = (torch.from_numpy(self.train.labels[[index for index, _ in batch]]) for batch in batches)
             loss = tuner.run_epoch(source.batches(batches), targets)
             if picks:
@@ -288,7 +292,7 @@ class _Stage:
                 *(self.shape.name, epoch + 1, length.epochs, tuner.step, length.steps, loss),
                 *(f", val nll {nll:.4f}" if picks else "", seconds),
             )
-            position = _position(self.records, epoch + 1, tuner.step, best_nll if picks else None)
+            position = position_of(self.records, epoch + 1, tuner.step, best_nll if picks else None)
             self.checkpoints.save(Checkpoint(position, {**kept, **tuner.state(), **prefixed("best", best)}))
         return best or copied(tuner.ema.average)
 
@@ -327,17 +331,27 @@ class _Stage:
         own = copied(tensors)
         put(tensors, values)
         with torch.no_grad():
-            logits = head(_embeddings(self.network, self.group, source, self.settings.batch_size)).numpy()
+            logits = head(embeddings_of(self.network, self.group, source, self.settings.batch_size)).numpy()
         put(tensors, own)
         return judge(logits, self.val.labels)
 
-    def _batches(self, source: BoundarySource, epoch: int) -> list[list[Item]]:
-        """The pictures in random order, each in the view that is its turn."""
-        draws = [self.settings.seed, self.index]
-        offsets = np.random.default_rng([*draws, VIEW_OFFSETS]).integers(source.num_views, size=source.num_images)
-        order = np.random.default_rng([*draws, epoch]).permutation(source.num_images)
-        items = [(int(index), int((offsets[index] + epoch) % source.num_views)) for index in order]
-        return _batched(items, self.settings.batch_size)
+
+def epoch_batches(
+    draws: Sequence[int], epoch: int, *, num_images: int, num_views: int, batch_size: int
+) -> list[list[Item]]:
+    """The pictures of an epoch in random order, each in the view that is its turn.
+
+    Args:
+        draws: What all draws of the stage are a function of: the seed, and which stage it is.
+        epoch: From 0.
+        num_images: Pictures.
+        num_views: Of each.
+        batch_size: Of all batches but the last.
+    """
+    offsets = np.random.default_rng([*draws, VIEW_OFFSETS]).integers(num_views, size=num_images)
+    order = np.random.default_rng([*draws, epoch]).permutation(num_images)
+    items = [(int(index), int((offsets[index] + epoch) % num_views)) for index in order]
+    return batched(items, batch_size)
 
 
 @contextmanager
@@ -365,25 +379,24 @@ def deterministic_torch(threads: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _embeddings(network: Network, group: int, source: BoundarySource, batch_size: int) -> Tensor:
+def embeddings_of(network: Network, group: int, source: BoundarySource, batch_size: int) -> Tensor:
     """Embeddings (N, D) of every picture in its first view."""
     items = [(index, 0) for index in range(source.num_images)]
-    return torch.cat(
-        [network.forward_from(boundary, group) for boundary in source.batches(_batched(items, batch_size))]
-    )
+    return torch.cat([network.forward_from(boundary, group) for boundary in source.batches(batched(items, batch_size))])
 
 
 @torch.no_grad()
-def _logits(network: Network, head: Head, pixels: PixelSource, batch_size: int) -> NDArray[np.float32]:
+def logits_of(network: Network, head: Head, pixels: PixelSource, batch_size: int) -> NDArray[np.float32]:
     """Logits (N, C) of every picture in its first view, from pixels on."""
-    return head.logits(_embeddings(network, 0, RecomputedBoundary(network, 0, pixels), batch_size).numpy())
+    return head.logits(embeddings_of(network, 0, RecomputedBoundary(network, 0, pixels), batch_size).numpy())
 
 
-def _batched(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
+def batched(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
+    """Items in order, so many at a time."""
     return [list(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
 
 
-def _flop_per_image(network: Network, group: int, head: StandardisedHead, source: BoundarySource) -> float:
+def flop_per_image(network: Network, group: int, head: StandardisedHead, source: BoundarySource) -> float:
     """Floating-point operations of a training picture, forward and backward; with the frozen part if it runs again."""
     trainable_tensors(network, group, head)
     with FlopCounterMode(display=False) as counter:
@@ -432,14 +445,14 @@ def _record(values: dict[str, Any]) -> StageRecord:
     return StageRecord(**{**values, **lists})
 
 
-def _position(
+def position_of(
     records: Sequence[StageRecord], epoch: int = 0, step: int = 0, best_nll: float | None = None
 ) -> dict[str, Any]:
     """Where a run is: stages done, then epochs and steps done in the one under way."""
     return {"records": [asdict(record) for record in records], "epoch": epoch, "step": step, "best_nll": best_nll}
 
 
-def _kept_tensors(network: Network, head: Head) -> dict[str, Tensor]:
+def kept_tensors(network: Network, head: Head) -> dict[str, Tensor]:
     """Copies of what the next stage starts from."""
     weights = {"weight": torch.from_numpy(head.weight), "bias": torch.from_numpy(head.bias)}
     return copied({**prefixed("kept/trunk", network.trunk_state()), **prefixed("kept/head", weights)})

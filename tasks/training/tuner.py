@@ -1,11 +1,12 @@
 """The weights that one stage of fine-tuning moves, with their optimiser, schedule and average: one epoch at a time.
 
 Everything that a stage may not move stays frozen, BatchNorm's statistics included, and `frozen_digest` proves it.
-There is no random draw in here. Called by ``tasks.training.staged``.
+There is no random draw in here. Called by ``tasks.training.staged`` and
+``tasks.training.adversarial``.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,7 @@ class Pace:
         warmup_fraction: Share of the steps spent rising to the full rate.
         clip_norm: Largest norm of the gradient of a step.
         ema_decay: Of the average of the weights.
+        schedule: Share of the full rate at a step.
     """
 
     recipe: Recipe
@@ -79,6 +81,7 @@ class Pace:
     warmup_fraction: float
     clip_norm: float
     ema_decay: float
+    schedule: Callable[..., float] = warmup_cosine
 
 
 class StageTuner:
@@ -113,15 +116,20 @@ class StageTuner:
         """
         total, count = 0.0, 0
         for boundary, targets in zip(boundaries, labels, strict=True):
-            total += self._step(boundary, targets) * len(targets)
+            logits = self.head(self.network.forward_from(boundary, self.group))
+            total += self.descend(nn.functional.cross_entropy(logits, targets)) * len(targets)
             count += len(targets)
         return total / count
 
-    def _step(self, boundary: Boundary, targets: Tensor) -> float:
-        factor = warmup_cosine(self.step, steps=self.pace.length.steps, warmup_fraction=self.pace.warmup_fraction)
+    def descend(self, loss: Tensor) -> float:
+        """One step down a loss; returns its value.
+
+        Raises:
+            DivergedError: If the loss is not finite.
+        """
+        factor = self.pace.schedule(self.step, steps=self.pace.length.steps, warmup_fraction=self.pace.warmup_fraction)
         for group, rate in zip(self.optimiser.param_groups, self.pace.learning_rates, strict=True):
             group["lr"] = rate * factor
-        loss = nn.functional.cross_entropy(self.head(self.network.forward_from(boundary, self.group)), targets)
         value = float(loss.detach())
         if not np.isfinite(value):
             raise DivergedError(f"the loss is {value} at step {self.step + 1}")

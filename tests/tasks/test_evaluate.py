@@ -208,6 +208,7 @@ def test_the_model_card_says_what_matters(evaluated: tuple[Layout, EvaluateRepor
         "not kept: only 60 val images",
         "Fewer than 30 test images",
         "central square",
+        "| precision | fp32 |",
         "spoiled",
     ):
         assert part in card, part

@@ -1,6 +1,7 @@
 """Exported graphs compute what was trained, hold nothing of the machine, and are the same bytes everywhere."""
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -413,7 +414,7 @@ def test_an_int8_variant_that_passes_answers_and_fp32_stays(with_validation: Lay
     fp32 = [(with_validation.bundle_dir / name).read_bytes() for name in graphs]
     report = export_onnx.run(with_validation, export_onnx=asked(params)).int8
     assert report is not None
-    assert (report.chosen, report.num_val) == (True, 6)
+    assert (report.chosen, report.num_val, report.first_layer) == (True, 6, "int8")
     rows = read_manifest(with_validation.accepted)
     assert set(report.calibration) <= set(rows.loc[rows["split"] == "train", "sha256"])
     assert len(report.calibration) == 4
@@ -443,12 +444,26 @@ def test_int8_that_is_not_faster_or_cannot_be_judged_leaves_the_bundle_as_it_is_
         assert report.bundle_digest == without.bundle_digest
 
 
+def test_int8_is_refused_for_each_limit_that_it_breaks(params: ExportOnnxParams) -> None:
+    from tasks.export.quantisation import Comparison
+
+    for int8, ratio, broken in (
+        (0.895, 1.31, ()),
+        (0.95, 5.0, ()),
+        (0.88, 1.31, ("int8_max_accuracy_loss",)),
+        (0.9, 1.29, ("int8_min_speedup",)),
+        (0.5, 0.7, ("int8_max_accuracy_loss", "int8_min_speedup")),
+    ):
+        why_not = export_onnx._why_not_int8(Comparison(0.9, int8, 0.99), ratio, params) or ""
+        assert tuple(re.findall(r"export_onnx\.(\w+)", why_not)) == broken
+
+
 def test_quantisation_keeps_what_no_convolution_follows_in_float_and_is_the_same_twice(whole: onnx.ModelProto) -> None:
     from tasks.export.quantisation import compare, kept_in_float, quantised
 
     _, back = cut_at_seam(whole)
     pixels = np.random.default_rng(0).standard_normal((8, 1, 3, SIZE_PX, SIZE_PX), dtype=np.float32)
-    first, second = (quantised(back, iter(pixels)) for _ in range(2))
+    first, second = (quantised(back, iter(pixels), first_in_float=False) for _ in range(2))
     assert to_bytes(first) == to_bytes(second)
     assert [(entry.domain, entry.version) for entry in first.opset_import] == [("", OPSET)]
     assert b"/tmp" not in to_bytes(first)
@@ -460,12 +475,15 @@ def test_quantisation_keeps_what_no_convolution_follows_in_float_and_is_the_same
     assert max(np.abs(each.astype(int)).max() for each in integers) <= 64  # nothing saturates without VNNI
     gemm = next(node for node in first.graph.node if node.op_type == "Gemm")
     assert made_by.get(gemm.input[1]) is None
-    assert any(name.startswith("head/") for name in kept_in_float(back.graph))
-    sessions = open_session(to_bytes(back)), open_session(to_bytes(first))
-    found = compare(*sessions, pixels, np.zeros(8, np.int64))
+    kept = [set(kept_in_float(back.graph, first_in_float=each)) for each in (False, True)]
+    assert {"head/Gemm", "head/Softmax"} <= kept[0]
+    assert kept[1] - kept[0] == {next(node.name for node in back.graph.node if node.op_type == "Conv")}
+    fp32, int8 = open_session(to_bytes(back)), open_session(to_bytes(first))
+    same, found = compare(fp32, [fp32, int8], pixels, np.zeros(8, np.int64))
+    assert (same.agreement, same.accuracy_int8) == (1.0, same.accuracy_fp32)
     assert found.agreement >= 0.75
     for batch in (1, 2, 7):
-        assert sessions[1].run(["embedding"], {"pixels": np.zeros((batch, 3, SIZE_PX, SIZE_PX), np.float32)})
+        assert int8.run(["embedding"], {"pixels": np.zeros((batch, 3, SIZE_PX, SIZE_PX), np.float32)})
 
 
 @pytest.mark.slow
@@ -511,8 +529,8 @@ def test_int8_of_real_weights_names_the_same_classes_on_real_photos(material: Pa
     head = LogisticRegression(C=0.01, max_iter=500).fit(features / scale, truth[::2])
     weight = (head.coef_ / scale).astype(np.float32)
     _, back = cut_at_seam(compose(preprocess, trunk, weight, head.intercept_.astype(np.float32)))
-    int8 = quantised(back, pixels[::2])
-    found = compare(open_session(to_bytes(back)), open_session(to_bytes(int8)), pixels[1::2], truth[1::2])
+    int8 = quantised(back, pixels[::2], first_in_float=False)
+    (found,) = compare(open_session(to_bytes(back)), [open_session(to_bytes(int8))], pixels[1::2], truth[1::2])
     assert found.agreement >= 0.9
     assert found.accuracy_int8 >= found.accuracy_fp32 - 0.05
 

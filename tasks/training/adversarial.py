@@ -1,0 +1,514 @@
+"""The adversarial stage: all layers learn to withstand small disturbances made to mislead them.
+
+It starts from what the stages before it left and trains on each picture as it is and as an attack disturbs it, with a
+learning rate that starts slowly and decays fast. The attack works on what the network sees, in [0, 1]; the
+normalisation is inside the model. BatchNorm stays frozen, so that attack and step see one and the same function.
+
+The cheap attack, FGSM from a random start, can be overfitted to: the network withstands its single step and nothing
+else (catastrophic overfitting). After each epoch PGD is therefore run on a few training pictures; if its accuracy falls
+by more than ``max_fall``, the epoch is thrown away and taken again from its checkpoint, from there on with PGD.
+
+The epoch with the best accuracy under PGD-20 on validation pictures is taken, of those whose clean accuracy is
+affordable, and kept by the rule of `tasks.training.selection.RobustVerdict`. As the epoch was chosen on these same
+pictures, and stronger attacks exist, the numbers in the record are an upper bound. Called by ``tasks.finetune``.
+
+References:
+    Jeddi, Shafiee and Wong 2020, arXiv:2012.13628 (adversarial fine-tuning, slow start and fast decay).
+    Wong, Rice and Kolter 2020, arXiv:2001.03994 (catastrophic overfitting). Rice, Wong and Kolter 2020,
+    arXiv:2002.11569 (robust accuracy falls again in late epochs).
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tasks.evaluation.metrics import Accuracy, accuracy_of
+from tasks.models.architectures import Network
+from tasks.training.attacks import fgsm, fgsm_rs, pgd
+from tasks.training.augmented import Item, LabelledPixels
+from tasks.training.boundary import RecomputedBoundary
+from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
+from tasks.training.schedule import (
+    ADVERSARIAL,
+    USELESS_STEPS,
+    AdversarialSettings,
+    AttackName,
+    TuningSettings,
+    slow_start_fast_decay,
+    stage_length,
+)
+from tasks.training.selection import RobustVerdict, compare_robustness
+from tasks.training.staged import (
+    FineTuned,
+    StageRecord,
+    batched,
+    embeddings_of,
+    epoch_batches,
+    flop_per_image,
+    kept_tensors,
+    logits_of,
+    position_of,
+    rounded,
+)
+from tasks.training.tuner import (
+    DivergedError,
+    Pace,
+    StageTuner,
+    StandardisedHead,
+    copied,
+    frozen_digest,
+    put,
+    trainable_tensors,
+)
+
+logger = logging.getLogger(__name__)
+
+SLOW_START_FRACTION = 0.3
+VAL_STEPS, GUARD_STEPS = 20, 10
+STRONGEST = f"pgd_{VAL_STEPS}"
+GUARD_IMAGES = 64
+CONFIDENCE = 0.95
+ATTACK_DRAWS = 2**31 + 1
+"""Where the draws of the attacks live among the draws of a stage, beyond any epoch."""
+MEANING = "accuracy under these attacks on the network's input is an upper bound of robustness: others are stronger"
+
+Rights = Mapping[str, NDArray[np.bool_]]
+Attack = Callable[[Tensor, Tensor, np.random.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class AdversarialRecord(StageRecord):
+    """What came of the adversarial stage.
+
+    Attributes:
+        attack: That it was trained against in the end.
+        collapsed_epoch: The epoch that was taken again with PGD because of catastrophic overfitting, or None.
+        epsilon: Largest change of a value in [0, 1].
+        best_epoch: The one that was taken.
+        num_attacked: Validation pictures that were attacked.
+        robustness_before: Accuracy by attack (``clean`` is none) at the start.
+        robustness_after: Of the epoch that was taken.
+        meaning: What these numbers are.
+    """
+
+    attack: AttackName
+    collapsed_epoch: int | None
+    epsilon: float
+    best_epoch: int | None
+    num_attacked: int
+    robustness_before: Mapping[str, Accuracy] | None
+    robustness_after: Mapping[str, Accuracy] | None
+    meaning: str = MEANING
+
+
+class PixelClassifier(nn.Module):
+    """The whole model on pictures in [0, 1].
+
+    Args:
+        network: Takes normalised pictures.
+        head: Takes its embeddings.
+        mean: Per channel, of values in 0..1.
+        std: Per channel, of values in 0..1.
+    """
+
+    def __init__(self, network: Network, head: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network, self.head = network, head
+        self.mean, self.std = (torch.tensor(each).view(1, 3, 1, 1) for each in (mean, std))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of pictures (B, 3, S, S)."""
+        logits: Tensor = self.head(self.network((images - self.mean) / self.std))
+        return logits
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While it is attacked: gradients are for the pictures alone, which saves a third of the work."""
+        moving = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for parameter in moving:
+            parameter.requires_grad_(False)
+        yield
+        for parameter in moving:
+            parameter.requires_grad_(True)
+
+    def images(self, pixels: NDArray[np.float32]) -> Tensor:
+        """Pictures (B, 3, S, S) in [0, 1] of normalised ones."""
+        images = torch.from_numpy(pixels) * self.std + self.mean
+        return images.clamp(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def pgd_attack(model: PixelClassifier, epsilon: float, num_steps: int) -> Attack:
+    """PGD from one random start."""
+    return lambda images, labels, rng: pgd(model, images, labels, epsilon=epsilon, num_steps=num_steps, rng=rng)
+
+
+def robustness_attacks(model: PixelClassifier, epsilon: float) -> dict[str, Attack]:
+    """What a model is measured with: nothing, FGSM and PGD-20."""
+    return {
+        "clean": lambda images, _labels, _rng: images,
+        "fgsm": lambda images, labels, _rng: fgsm(model, images, labels, epsilon=epsilon),
+        STRONGEST: pgd_attack(model, epsilon, VAL_STEPS),
+    }
+
+
+def answered_rightly(
+    model: PixelClassifier,
+    data: LabelledPixels,
+    rows: Sequence[int],
+    attacks: Mapping[str, Attack],
+    *,
+    seed: Sequence[int],
+    batch_size: int,
+) -> dict[str, NDArray[np.bool_]]:
+    """Which of some pictures a model has right under each of some attacks, (N,) by the attack's name.
+
+    Args:
+        model: The model.
+        data: Pictures, of which the first view is taken, and their classes.
+        rows: N indices of pictures.
+        attacks: By name.
+        seed: Of the attacks' random draws; the same for the same result.
+        batch_size: Pictures at once.
+    """
+    right: dict[str, list[Tensor]] = {name: [] for name in attacks}
+    rng = np.random.default_rng(seed)
+    batches = batched([(row, 0) for row in rows], batch_size)
+    for batch, pixels in zip(batches, data.pixels.batches(batches), strict=True):
+        images, labels = model.images(pixels), _labels(data, batch)
+        for name, attack in attacks.items():
+            with model.held():
+                disturbed = attack(images, labels, rng)
+            with torch.no_grad():
+                right[name].append(model(disturbed).argmax(dim=1) == labels)
+    return {name: torch.cat(parts).numpy() for name, parts in right.items()}
+
+
+def harden(
+    network: Network,
+    tuned: FineTuned,
+    *,
+    train: LabelledPixels,
+    val: LabelledPixels,
+    mean: Sequence[float],
+    std: Sequence[float],
+    settings: TuningSettings,
+    adversarial: AdversarialSettings,
+    checkpoints: CheckpointFile,
+) -> FineTuned:
+    """Runs the adversarial stage after the others, from where an interrupted run of the same inputs was.
+
+    Args:
+        network: With the weights that were kept; on return with those of this stage if it is kept.
+        tuned: What the stages before came to.
+        train: Training pictures in their views.
+        val: Validation pictures in one view.
+        mean: Of the normalisation, per channel.
+        std: Of the same.
+        settings: The numbers that it shares with the other stages.
+        adversarial: Its own numbers.
+        checkpoints: Where to go on from.
+    """
+    embeddings = embeddings_of(network, 0, RecomputedBoundary(network, 0, val.pixels), settings.batch_size)
+    model = PixelClassifier(network, StandardisedHead(tuned.head, embeddings), mean, std)
+    resumed = checkpoints.load()
+    stage = _Adversarial(model, tuned, train, val, settings, adversarial, checkpoints)
+    record = stage.run(resumed if resumed and ADVERSARIAL in resumed.position else None)
+    records = (*tuned.records, record)
+    if not record.kept:
+        return replace(tuned, records=records)
+    head = stage.head.folded()
+    return FineTuned(head, records, tuned.val_logits_before, logits_of(network, head, val.pixels, settings.batch_size))
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """How far the stage is, beyond epochs and steps; kept in the checkpoint.
+
+    Attributes:
+        attack: That is trained against.
+        collapsed_epoch: Which was taken again, or None.
+        guarded: Accuracy under the guard's PGD after the last epoch, or None.
+        best_epoch: So far, or None.
+        best_rank: Whether its clean accuracy is affordable, and its accuracy under PGD-20.
+    """
+
+    attack: AttackName
+    collapsed_epoch: int | None = None
+    guarded: float | None = None
+    best_epoch: int | None = None
+    best_rank: Sequence[float] = (0, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Adversarial:
+    """The stage and what it works on."""
+
+    model: PixelClassifier
+    tuned: FineTuned
+    train: LabelledPixels
+    val: LabelledPixels
+    settings: TuningSettings
+    adversarial: AdversarialSettings
+    checkpoints: CheckpointFile
+
+    @property
+    def head(self) -> StandardisedHead:
+        """The model's."""
+        assert isinstance(self.model.head, StandardisedHead)
+        return self.model.head
+
+    @property
+    def draws(self) -> tuple[int, int]:
+        """What all random draws are a function of, besides the epoch."""
+        return self.settings.seed, len(self.tuned.records)
+
+    def run(self, resumed: Checkpoint | None) -> AdversarialRecord:
+        """Trains, judges, and leaves the network with the kept weights.
+
+        Args:
+            resumed: A checkpoint from within this stage.
+        """
+        network = self.model.network
+        pace = self._pace()
+        if pace.length.steps < USELESS_STEPS and pace.length.limited_by == "max_tflop":
+            reason = f"not tried: finetune.max_tflop affords {pace.length.steps} steps; {USELESS_STEPS} is the least"
+            logger.info("stage %s: %s", ADVERSARIAL, reason)
+            return replace(self._record(pace), epochs=0, steps=0, limited_by=None, learning_rates=(), reason=reason)
+        frozen, tensors = frozen_digest(network, 0), trainable_tensors(network, 0, self.head)
+        start, before = copied(tensors), self._measured()
+        record = replace(
+            self._record(pace),
+            val_accuracy_before=rounded(float(before["clean"].mean())),
+            robustness_before=_shares(before),
+        )
+        try:
+            best, progress = self._train(StageTuner(network, 0, self.head, pace), before, resumed)
+            put(tensors, best)
+            record = replace(record, **self._judged(before, progress))
+        except DivergedError as error:
+            record = replace(record, reason=f"dropped: {error}")
+        if not record.kept:
+            put(tensors, start)
+        if frozen_digest(network, 0) != frozen:
+            raise RuntimeError(f"stage {ADVERSARIAL} moved what it had frozen")
+        logger.info("stage %s: %s", ADVERSARIAL, record.reason)
+        return record
+
+    def _pace(self) -> Pace:
+        """One rate for all groups: the stem, too, must unlearn what a disturbance can use."""
+        settings, network = self.settings, self.model.network
+        length = stage_length(
+            num_images=len(self.train.labels),
+            batch_size=settings.batch_size,
+            epochs=self.adversarial.epochs,
+            length_factor=1.0,
+            max_steps=settings.max_steps,
+            affordable_steps=int(settings.max_tflop * 1e12 / max(self._flop_per_image() * settings.batch_size, 1)),
+        )
+        return Pace(
+            recipe=settings.recipe,
+            learning_rates=[settings.learning_rate] * (network.num_groups + 1),
+            weight_decay=settings.weight_decay,
+            length=length,
+            warmup_fraction=SLOW_START_FRACTION,
+            clip_norm=settings.clip_norm,
+            ema_decay=settings.ema_decay,
+            schedule=slow_start_fast_decay,
+        )
+
+    def _flop_per_image(self) -> float:
+        """Floating-point operations of a training picture: forward and backward for each step of the attack, too."""
+        settings = self.adversarial
+        passes = (settings.pgd_steps if settings.attack == "pgd" else 1) + 1 + bool(settings.clean_weight)
+        source = RecomputedBoundary(self.model.network, 0, self.train.pixels)
+        return passes * flop_per_image(self.model.network, 0, self.head, source)
+
+    def _train(
+        self, tuner: StageTuner, before: Rights, resumed: Checkpoint | None
+    ) -> tuple[dict[str, Tensor], _Progress]:
+        """All epochs; the averaged weights of the best one."""
+        kept = kept_tensors(tuner.network, self.tuned.head)  # what an interrupted run starts from
+        progress, best, epoch = _Progress(self.adversarial.attack), dict[str, Tensor](), 0
+        if resumed:
+            epoch, progress = resumed.position["epoch"], _Progress(**resumed.position[ADVERSARIAL])
+            best = without_prefix("best", resumed.tensors)
+            tuner.restore(resumed.tensors, resumed.position["step"])
+        while epoch < tuner.pace.length.epochs:
+            began = time.perf_counter()
+            loss = self._run_epoch(tuner, epoch, progress.attack)
+            guarded = self._guarded() if progress.attack == "fgsm_rs" else None
+            if has_collapsed(progress.guarded, guarded, self.adversarial.max_fall):
+                logger.warning(
+                    "stage %s, epoch %d: accuracy under PGD fell from %.3f to %.3f: the epoch is taken again with PGD",
+                    *(ADVERSARIAL, epoch + 1, progress.guarded, guarded),
+                )
+                saved = self.checkpoints.load()
+                assert saved is not None, "an epoch of this run came before"
+                tuner.restore(saved.tensors, saved.position["step"])
+                progress = replace(progress, attack="pgd", collapsed_epoch=epoch + 1, guarded=None)
+                continue
+            with _holding(tuner.tensors, tuner.ema.average):
+                measured = self._measured()
+            rank = self._rank(before, measured)
+            if rank > tuple(progress.best_rank):
+                progress, best = replace(progress, best_epoch=epoch + 1, best_rank=rank), copied(tuner.ema.average)
+            progress = replace(progress, guarded=guarded)
+            logger.info(
+                "stage %s, epoch %d/%d, step %d/%d, %s: train loss %.4f, %s, %.1f s",
+                *(
+                    ADVERSARIAL,
+                    epoch + 1,
+                    tuner.pace.length.epochs,
+                    tuner.step,
+                    tuner.pace.length.steps,
+                    progress.attack,
+                ),
+                *(loss, _told(measured), time.perf_counter() - began),
+            )
+            epoch += 1
+            position = {**position_of(self.tuned.records, epoch, tuner.step), ADVERSARIAL: asdict(progress)}
+            self.checkpoints.save(Checkpoint(position, {**kept, **tuner.state(), **prefixed("best", best)}))
+        return best, progress
+
+    def _run_epoch(self, tuner: StageTuner, epoch: int, attack: AttackName) -> float:
+        """One step a batch; the mean loss, nats a picture."""
+        pixels, length = self.train.pixels, tuner.pace.length
+        batches = epoch_batches(
+            self.draws,
+            epoch,
+            num_images=len(self.train.labels),
+            num_views=len(pixels.views),
+            batch_size=self.settings.batch_size,
+        )[: length.steps - tuner.step]
+        total = 0.0
+        for batch, normalised in zip(batches, pixels.batches(batches), strict=True):
+            images, labels = self.model.images(normalised), _labels(self.train, batch)
+            draws = (*self.draws, ATTACK_DRAWS, tuner.step)
+            total += tuner.descend(self._loss(images, labels, attack, draws)) * len(batch)
+        return total / sum(map(len, batches))
+
+    def _loss(self, images: Tensor, labels: Tensor, attack: AttackName, draws: Sequence[int]) -> Tensor:
+        """Cross-entropy of pictures as they are and as the attack disturbs them, weighed."""
+        settings, rng = self.adversarial, np.random.default_rng(draws)
+        with self.model.held():
+            if attack == "pgd":
+                found = pgd_attack(self.model, settings.epsilon, settings.pgd_steps)(images, labels, rng)
+            else:
+                found = fgsm_rs(self.model, images, labels, epsilon=settings.epsilon, rng=rng)
+        loss = nn.functional.cross_entropy(self.model(found), labels)
+        if not settings.clean_weight:
+            return loss
+        clean = nn.functional.cross_entropy(self.model(images), labels)
+        return settings.clean_weight * clean + (1 - settings.clean_weight) * loss
+
+    def _measured(self) -> Rights:
+        """Which validation pictures the model has right, by attack."""
+        return self._answered(
+            self.val, self.adversarial.val_images, robustness_attacks(self.model, self.adversarial.epsilon)
+        )
+
+    def _guarded(self) -> float:
+        """Accuracy of the weights as they are now, not averaged, on a few training pictures under PGD."""
+        guard = {"pgd": pgd_attack(self.model, self.adversarial.epsilon, GUARD_STEPS)}
+        return float(self._answered(self.train, GUARD_IMAGES, guard)["pgd"].mean())
+
+    def _answered(self, data: LabelledPixels, num_images: int, attacks: Mapping[str, Attack]) -> Rights:
+        """The same pictures and random starts each time, so that epochs can be compared."""
+        rows, draws = fixed_rows(data, num_images), (*self.draws, ATTACK_DRAWS)
+        return answered_rightly(self.model, data, rows, attacks, seed=draws, batch_size=self.settings.batch_size)
+
+    def _rank(self, before: Rights, measured: Rights) -> tuple[float, float]:
+        return float(self._verdict(before, measured).affordable), float(measured[STRONGEST].mean())
+
+    def _verdict(self, before: Rights, after: Rights) -> RobustVerdict:
+        return compare_robustness(
+            clean_before=before["clean"],
+            clean_after=after["clean"],
+            robust_before=before[STRONGEST],
+            robust_after=after[STRONGEST],
+            max_clean_loss=self.adversarial.max_clean_loss,
+        )
+
+    def _judged(self, before: Rights, progress: _Progress) -> dict[str, Any]:
+        """What the record says of the weights that were taken."""
+        after = self._measured()
+        verdict = self._verdict(before, after)
+        return {
+            "attack": progress.attack,
+            "collapsed_epoch": progress.collapsed_epoch,
+            "best_epoch": progress.best_epoch,
+            "val_accuracy_after": rounded(float(after["clean"].mean())),
+            "robustness_after": _shares(after),
+            "kept": verdict.better,
+            "reason": verdict.reason,
+        }
+
+    def _record(self, pace: Pace) -> AdversarialRecord:
+        """The record of a stage that has yet to run."""
+        return AdversarialRecord(
+            name=ADVERSARIAL,
+            groups=tuple(range(self.model.network.num_groups)),
+            epochs=pace.length.epochs,
+            steps=pace.length.steps,
+            limited_by=pace.length.limited_by,
+            learning_rates=tuple(rounded(rate) for rate in pace.learning_rates),
+            boundary=None,
+            val_nll_before=None,
+            val_nll_after=None,
+            val_nll_standard_error=None,
+            val_accuracy_before=None,
+            val_accuracy_after=None,
+            alpha=None,
+            kept=False,
+            reason="",
+            attack=self.adversarial.attack,
+            collapsed_epoch=None,
+            epsilon=rounded(self.adversarial.epsilon),
+            best_epoch=None,
+            num_attacked=len(fixed_rows(self.val, self.adversarial.val_images)),
+            robustness_before=None,
+            robustness_after=None,
+        )
+
+
+def has_collapsed(before: float | None, now: float | None, max_fall: float) -> bool:
+    """Whether the accuracy under PGD fell from one epoch to the next by more than training does; None: not measured.
+
+    Wong, Rice and Kolter also look for FGSM's rising. Here a fall for any other reason is as good a reason to go back.
+    """
+    return before is not None and now is not None and before - now > max_fall
+
+
+def fixed_rows(data: LabelledPixels, num_images: int) -> list[int]:
+    """So many pictures, or all, drawn by their contents: the same ones whatever their order."""
+    return sorted(range(len(data.labels)), key=lambda row: data.pixels.shas[row])[:num_images]
+
+
+def _shares(rights: Rights) -> dict[str, Accuracy]:
+    return {name: accuracy_of(right, CONFIDENCE) for name, right in rights.items()}
+
+
+def _told(rights: Rights) -> str:
+    return ", ".join(f"{name} {right.mean():.4f}" for name, right in rights.items())
+
+
+def _labels(data: LabelledPixels, batch: Sequence[Item]) -> Tensor:
+    """Class indices (B,) int64."""
+    return torch.from_numpy(data.labels[[index for index, _ in batch]])
+
+
+@contextmanager
+def _holding(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other values in some tensors; their own come back."""
+    own = copied(tensors)
+    put(tensors, values)
+    yield
+    put(tensors, own)

@@ -1,0 +1,403 @@
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from deploy.runtime import open_session
+from tasks import finetune
+from tasks.data.manifest import read_manifest, write_manifest
+from tasks.errors import ParamsError
+from tasks.finetune import FinetuneReport
+from tasks.layout import Layout
+from tasks.models.architectures import build_network
+from tasks.models.backbone_card import read_card
+from tasks.models.head import read_head
+from tasks.models.weights import read_weights
+from tasks.params import load_params
+from tasks.training.adversarial import (
+    STRONGEST,
+    AdversarialRecord,
+    PixelClassifier,
+    answered_rightly,
+    has_collapsed,
+    robustness_attacks,
+)
+from tasks.training.attacks import fgsm, fgsm_rs, pgd, uniform_noise
+from tasks.training.augmented import LabelledPixels, PixelSource
+from tasks.training.schedule import slow_start_fast_decay
+from tasks.training.selection import SIGNIFICANCE, compare_robustness
+from tasks.training.staged import deterministic_torch
+from tasks.training.tuner import StandardisedHead
+from tests.tasks.finetune_workspaces import digit_images, embed, splits, write_backbone, write_images, write_probe
+
+NUM_IMAGES, NUM_VAL, SIZE_PX = 200, 60, 32
+EPSILON = 4 / 255
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace as train_head leaves it: real digits, the embedded backbone at half its size, its probe."""
+    layout = Layout(tmp_path_factory.mktemp("digits"))
+    write_images(layout, *digit_images(NUM_IMAGES), splits(NUM_IMAGES, NUM_VAL))
+    weights = read_weights("embedded:glyphs_mobilenet_v3_small", root=Path(), sha256=None)
+    network = write_backbone(layout, weights.architecture or "", size_px=SIZE_PX, depths=4, weights=weights.state)
+    write_probe(layout, network)
+    return layout.root
+
+
+@pytest.fixture
+def layout(digits: Path, tmp_path: Path) -> Layout:
+    """A copy of it that a test may change."""
+    shutil.copytree(digits, tmp_path / "workspace")
+    return Layout(tmp_path / "workspace")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def flushed() -> Iterator[None]:
+    with deterministic_torch(1):
+        yield
+
+
+def run(layout: Layout, repository: Path, changes: dict[str, Any], **others: Any) -> FinetuneReport:
+    """The stage with params.yaml's numbers, but short and brisk, and with the adversarial stage alone."""
+    params = load_params(repository / "params.yaml")
+    adversarial = params.finetune.adversarial.model_copy(update={"epochs": 3, "val_images": 30, **changes})
+    brisk = {"learning_rate": 2e-3, "views": 1, "batch_size": 14, "min_val_images": 10, "stages": ("adversarial",)}
+    settings = params.finetune.model_copy(update={**brisk, "adversarial": adversarial, **others})
+    return finetune.run(layout, seed=params.seed, augment=params.augment, finetune=settings)
+
+
+def shrink(layout: Layout, num_train: int = 20, num_val: int = 10) -> None:
+    """Leaves a few images of each split, of many classes."""
+    images = read_manifest(layout.accepted)
+    write_manifest(
+        layout.accepted,
+        pd.concat(
+            [
+                images[images["split"] == "train"].iloc[::4][:num_train],
+                images[images["split"] == "val"].iloc[::6][:num_val],
+            ]
+        ),
+    )
+
+
+def stage_of(report: FinetuneReport) -> AdversarialRecord:
+    record = report.stages[-1]
+    assert isinstance(record, AdversarialRecord)
+    return record
+
+
+def outputs(layout: Layout) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in layout.finetuned_dir.iterdir()}
+
+
+def val_pixels(layout: Layout) -> LabelledPixels:
+    rows = read_manifest(layout.accepted).query("split == 'val'")
+    session, labels = open_session(layout.preprocess_onnx), read_head(layout.head_dir).labels
+    pixels = PixelSource(
+        files=[layout.raw / path for path in rows["path"]],
+        shas=rows["sha256"].tolist(),
+        views=("centre",),
+        whole=session,
+        crop=session,
+        min_area_fraction=0.5,
+        hflip=False,
+        max_pixels=1_000,
+        workers=1,
+    )
+    return LabelledPixels(pixels, np.array([labels.index(label) for label in rows["label"]]))
+
+
+def classifier(layout: Layout, network_path: Path, head_dir: Path) -> PixelClassifier:
+    card, head = read_card(layout.backbone_card), read_head(head_dir)
+    network = build_network(card.architecture, depths=card.depths)
+    network.load_trunk(load_file(network_path))
+    embeddings = torch.from_numpy(embed(layout, network, read_manifest(layout.accepted)["path"].tolist()))
+    return PixelClassifier(network, StandardisedHead(head, embeddings), card.mean, card.std)
+
+
+# The attacks, on the embedded backbone with its probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    model: PixelClassifier
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def accuracy(self, disturbed: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float((self.model(disturbed).argmax(1) == self.labels).float().mean())
+
+    def pgd(self, epsilon: float, num_steps: int, restarts: int = 1) -> float:
+        rng = np.random.default_rng(0)
+        found = pgd(
+            self.model, self.images, self.labels, epsilon=epsilon, num_steps=num_steps, restarts=restarts, rng=rng
+        )
+        return self.accuracy(found)
+
+
+@pytest.fixture(scope="module")
+def target(digits: Path) -> Target:
+    layout = Layout(digits)
+    model, data = classifier(layout, layout.backbone_weights, layout.head_dir), val_pixels(layout)
+    (pixels,) = data.pixels.batches([[(row, 0) for row in range(NUM_VAL)]])
+    return Target(model.requires_grad_(False), model.images(pixels), torch.from_numpy(data.labels))
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "fgsm_rs", "pgd", "noise"])
+@pytest.mark.parametrize("epsilon", [0.0, EPSILON, 0.5])
+def test_an_attack_stays_within_epsilon_and_makes_a_picture(target: Target, attack: str, epsilon: float) -> None:
+    given, rng = (target.model, target.images[:8], target.labels[:8]), np.random.default_rng(0)
+    found = {
+        "fgsm": lambda: fgsm(*given, epsilon=epsilon),
+        "fgsm_rs": lambda: fgsm_rs(*given, epsilon=epsilon, rng=rng),
+        "pgd": lambda: pgd(*given, epsilon=epsilon, num_steps=2, rng=rng),
+        "noise": lambda: uniform_noise(given[1], epsilon=epsilon, rng=rng),
+    }[attack]()
+    assert float((found - given[1]).abs().max()) == pytest.approx(epsilon, abs=1e-4)
+    assert 0 <= float(found.min()) <= float(found.max()) <= 1
+
+
+def test_normalisation_is_inside_the_model(target: Target, digits: Path) -> None:
+    layout = Layout(digits)
+    card, data = read_card(layout.backbone_card), val_pixels(layout)
+    (pixels,) = data.pixels.batches([[(row, 0) for row in range(NUM_VAL)]])
+    inside = (target.images - torch.tensor(card.mean).view(1, 3, 1, 1)) / torch.tensor(card.std).view(1, 3, 1, 1)
+    np.testing.assert_allclose(inside.numpy(), pixels, atol=1e-5)
+    logits = read_head(layout.head_dir).logits(target.model.network(torch.from_numpy(pixels)).numpy())
+    np.testing.assert_allclose(target.model(target.images).numpy(), logits, atol=1e-3, rtol=1e-3)
+
+
+def test_a_larger_epsilon_never_helps_the_defender(target: Target) -> None:
+    accuracies = [target.pgd(epsilon / 255, num_steps=5) for epsilon in (0, 4, 16)]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert accuracies[0] == target.accuracy(target.images) > 0.8
+    assert accuracies[-1] < 0.2
+
+
+def test_without_bounds_nothing_withstands(target: Target) -> None:
+    assert target.pgd(1.0, num_steps=10) < 0.05
+
+
+def test_gradients_are_not_masked(target: Target) -> None:
+    """Many steps are stronger than few, they than one, one than chance; and a restart never makes it weaker."""
+    noise = target.accuracy(uniform_noise(target.images, epsilon=EPSILON, rng=np.random.default_rng(0)))
+    single = target.accuracy(fgsm(target.model, target.images, target.labels, epsilon=EPSILON))
+    few, many = target.pgd(EPSILON, num_steps=3), target.pgd(EPSILON, num_steps=10)
+    one_picture = 1 / NUM_VAL
+    assert noise > single >= few >= many - one_picture
+    assert single < target.accuracy(target.images)
+    assert target.pgd(EPSILON, num_steps=3, restarts=2) <= few
+
+
+@given(st.integers(0, 1_000))
+def test_pgd_finds_the_worst_picture_of_a_linear_model(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    images = torch.from_numpy(generator.uniform(0.3, 0.7, size=(4, 3, 2, 2)).astype(np.float32))
+    weight = torch.from_numpy(generator.normal(size=(2, 12)).astype(np.float32))
+    labels = torch.from_numpy(generator.integers(2, size=4))
+    found = pgd(lambda x: x.flatten(1) @ weight.T, images, labels, epsilon=0.1, num_steps=10, rng=generator)
+    towards = (weight[1 - labels] - weight[labels]).sign().view(4, 3, 2, 2)
+    torch.testing.assert_close(found, images + 0.1 * towards, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_our_pgd_is_as_strong_as_the_one_of_a_well_known_library(target: Target) -> None:
+    """The adversarial robustness toolbox, with the same steps; its gradients are its own."""
+    pytest.importorskip("art", reason="needs the extra robust")
+    from art.attacks.evasion import ProjectedGradientDescent
+    from art.estimators.classification import PyTorchClassifier
+
+    estimator = PyTorchClassifier(
+        target.model, torch.nn.CrossEntropyLoss(), input_shape=(3, SIZE_PX, SIZE_PX), nb_classes=10, clip_values=(0, 1)
+    )
+    attack = ProjectedGradientDescent(
+        estimator, eps=EPSILON, eps_step=EPSILON / 8, max_iter=20, num_random_init=1, batch_size=60, verbose=False
+    )
+    theirs = attack.generate(target.images.numpy(), target.labels.numpy())
+    assert abs(target.accuracy(torch.from_numpy(theirs)) - target.pgd(EPSILON, num_steps=20)) <= 2 / NUM_VAL
+
+
+# Schedule, guard and rule
+
+
+@given(st.integers(1, 500))
+def test_the_rate_starts_slowly_and_decays_fast(steps: int) -> None:
+    factors = [slow_start_fast_decay(step, steps=steps, warmup_fraction=0.3) for step in range(steps)]
+    peak = factors.index(1.0)
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    if steps >= 10:
+        assert peak == round(0.3 * steps)
+        assert factors[0] == 0.01
+        assert factors[-1] == pytest.approx(0.001)
+
+
+def test_a_fall_under_attack_is_a_collapse_and_a_first_measurement_is_none() -> None:
+    assert has_collapsed(0.5, 0.25, 0.2)
+    assert not has_collapsed(0.5, 0.4, 0.2)
+    assert not has_collapsed(0.3, 0.6, 0.2)
+    assert not has_collapsed(None, 0.0, 0.2)
+    assert not has_collapsed(0.5, None, 0.2)
+
+
+def robustness_of(won: int, lost: int, clean_lost: int, max_clean_loss: float = 0.05) -> Any:
+    num = 100
+    robust_before, robust_after = np.zeros(num, bool), np.zeros(num, bool)
+    robust_after[:won], robust_before[num - lost :] = True, lost > 0
+    return compare_robustness(
+        clean_before=np.ones(num, bool),
+        clean_after=np.arange(num) >= clean_lost,
+        robust_before=robust_before,
+        robust_after=robust_after,
+        max_clean_loss=max_clean_loss,
+    )
+
+
+def test_robustness_is_kept_if_it_is_no_luck_and_affordable() -> None:
+    assert robustness_of(won=30, lost=2, clean_lost=5).better
+    assert not robustness_of(won=30, lost=2, clean_lost=6).better
+    assert not robustness_of(won=8, lost=5, clean_lost=0).better
+    assert not robustness_of(won=0, lost=0, clean_lost=0).better
+    assert robustness_of(won=5, lost=0, clean_lost=0).p_value == pytest.approx(1 / 64)  # half of five heads in a row
+    assert robustness_of(won=3, lost=0, clean_lost=0).p_value > SIGNIFICANCE
+    assert "clean accuracy fell by 0.0600 (0.05 is the limit)" in robustness_of(won=30, lost=2, clean_lost=6).reason
+
+
+# The stage
+
+
+def test_the_stage_makes_the_network_withstand_what_it_did_not(layout: Layout, repository: Path) -> None:
+    report = run(layout, repository, {"epsilon": 8.0, "max_clean_loss": 0.1})
+    record = stage_of(report)
+    assert report.kept == ("adversarial",)
+    assert record.robustness_before is not None
+    assert record.robustness_after is not None
+    assert set(record.robustness_after) == {"clean", "fgsm", STRONGEST}
+    before, after = record.robustness_before[STRONGEST], record.robustness_after[STRONGEST]
+    assert after.accuracy > before.accuracy + 0.2
+    assert after.accuracy_low < after.accuracy < after.accuracy_high
+    assert json.loads((layout.finetuned_dir / "finetuned.json").read_text()) == json.loads(
+        json.dumps(dataclasses.asdict(report))
+    )
+    assert record.attack == "fgsm_rs"
+    assert record.num_attacked == 30
+    assert not layout.checkpoints_dir.exists()
+
+    # BatchNorm's statistics stayed, the stem moved, and what was written is what was measured.
+    network_path = layout.finetuned_dir / "network.safetensors"
+    start, end = load_file(layout.backbone_weights), load_file(network_path)
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert "features.0.0.weight" in moved
+    assert not any("running" in name for name in moved)
+    model = classifier(layout, network_path, layout.finetuned_dir)
+    right = answered_rightly(
+        model,
+        val_pixels(layout),
+        range(NUM_VAL),
+        robustness_attacks(model, 8 / 255),
+        seed=(1,),
+        batch_size=NUM_VAL,
+    )
+    assert after.accuracy_low < right[STRONGEST].mean() <= right["fgsm"].mean() <= right["clean"].mean()
+
+
+def test_a_stage_without_effect_leaves_the_network_as_it_is(layout: Layout, repository: Path) -> None:
+    shrink(layout)
+    report = run(layout, repository, {"epsilon": 0.01, "epochs": 1})
+    assert (report.kept, report.reason) == ((), "no stage was kept")
+    assert stage_of(report).reason.startswith("dropped: robust accuracy rose by ")
+    assert list(outputs(layout)) == ["finetuned.json"]
+
+
+def test_a_stage_that_diverges_or_costs_too_much_is_dropped(layout: Layout, repository: Path) -> None:
+    shrink(layout)
+    report = run(layout, repository, {"epochs": 2}, learning_rate=1e30)
+    assert "the loss is" in stage_of(report).reason
+    report = run(layout, repository, {}, max_tflop=1e-6)
+    assert stage_of(report).reason == "not tried: finetune.max_tflop affords 0 steps; 20 is the least"
+    assert report.kept == ()
+
+
+def test_the_adversarial_stage_comes_last(repository: Path, tmp_path: Path) -> None:
+    text = (repository / "params.yaml").read_text()
+    for stages, fine in (
+        ("[top, adversarial]", True),
+        ("[adversarial, top]", False),
+        ("[top, adversarial, adversarial]", False),
+    ):
+        (tmp_path / "params.yaml").write_text(text.replace("stages: [top, rest]", f"stages: {stages}"))
+        if fine:
+            assert load_params(tmp_path / "params.yaml").finetune.stages == ("top", "adversarial")
+        else:
+            with pytest.raises(ParamsError, match="adversarial comes once, as the last stage"):
+                load_params(tmp_path / "params.yaml")
+
+
+# Killed and run again, and catastrophic overfitting
+
+
+class InterruptAtSecondEpoch(logging.Handler):
+    """Ctrl-C, each time a run comes to the end of its second epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "train loss" in record.getMessage():
+            self.epochs += 1
+            if self.epochs == 2:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("max_fall", "stages"),
+    [
+        pytest.param(-1.0, ("adversarial",), id="collapsing"),
+        pytest.param(1.0, ("top", "adversarial"), id="after-another-stage", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_interrupted_at_every_epoch_gives_the_same_bytes(
+    layout: Layout, repository: Path, caplog: pytest.LogCaptureFixture, max_fall: float, stages: tuple[str, ...]
+) -> None:
+    """A ``max_fall`` below 0 takes any second epoch for a collapse: it is taken again with PGD, from its checkpoint."""
+    caplog.set_level(logging.INFO, logger="tasks")
+    shrink(layout)
+    changes = {"max_fall": max_fall, "pgd_steps": 2}
+
+    def again() -> FinetuneReport:
+        return run(layout, repository, changes, stages=stages, epochs=2)
+
+    whole = again()
+    collapses = max_fall < 0
+    assert (stage_of(whole).attack, stage_of(whole).collapsed_epoch) == (("pgd", 2) if collapses else ("fgsm_rs", None))
+    assert ("is taken again with PGD" in caplog.text) is collapses
+    expected, report, interruptions = outputs(layout), None, 0
+    loggers = [logging.getLogger(f"tasks.training.{name}") for name in ("staged", "adversarial")]
+    while report is None:
+        handler = InterruptAtSecondEpoch()
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            report = again()
+        except KeyboardInterrupt:
+            interruptions += 1
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+    assert interruptions == sum(record.epochs for record in whole.stages) - 1
+    assert report == whole
+    assert outputs(layout) == expected
