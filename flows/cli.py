@@ -447,6 +447,24 @@ def suspects(
         out.print(escape(suspects_text(layout, found, top=top)))
 
 
+@app.command()
+def extract(
+    context: typer.Context,
+    parts: Annotated[int, typer.Option(help="Processes that share the work: one a GPU or a machine.", min=1)],
+    dask: Annotated[str | None, typer.Option(help="Address of a Dask cluster's scheduler (the extra scale).")] = None,
+) -> None:
+    """Fill the feature store in parts, side by side, so that the next retrain finds all features there."""
+    layout = find_workspace(context.obj)
+    asides.print("Starting Prefect and the extraction ...", style="dim")
+    from flows.extract import extract as extract_flow
+    from flows.extract import on_dask
+    from flows.server import prefect_server
+
+    with prefect_server(layout):
+        (on_dask(dask) if dask else extract_flow)(layout.root, parts=parts)
+    out.print("Next: [bold]tanuki retrain[/]")
+
+
 @app.command("gc")
 def collect_garbage(
     context: typer.Context,

@@ -314,6 +314,15 @@ def run_recipe(layout: Layout, recipe: str, *, timeout_s: float) -> None:
     _stream(layout, recipe, ["tasks", recipe], timeout_s)
 
 
+def run_part(layout: Layout, index: int, count: int, *, timeout_s: float) -> None:
+    """Runs the index-th of count parts of cache_features, and logs what it prints as it comes.
+
+    Raises:
+        StageError: If it stopped; the message is its own.
+    """
+    _stream(layout, "cache_features", ["tasks", "cache_features", "--part", f"{index}/{count}"], timeout_s)
+
+
 def _stream(layout: Layout, name: str, module: list[str], timeout_s: float) -> list[str]:
     """Runs ``python -m MODULE...``, logs its lines and gives the last of them.
 

@@ -150,7 +150,7 @@ def run(layout: Layout, *, features: FeaturesParams, augment: AugmentParams) -> 
         ParamsError: If the engine that is asked for cannot run here.
         StoreError: If features are not finite in float16, or another process writes the store.
     """
-    job = _job(layout, features, augment)
+    job = _job(layout, features, augment, place=0)
     _refuse_missing(job.wanted)
     with writing(layout.features_dir, job.space) as store:
         rechecked = _recheck_choice(store, job.wanted, features.recheck)
@@ -183,7 +183,7 @@ def run_part(layout: Layout, part: Part, *, features: FeaturesParams, augment: A
     Raises:
         BackboneError, DataError, ParamsError, StoreError: As `run`, of this part's images.
     """
-    job = _job(layout, features, augment)
+    job = _job(layout, features, augment, place=part.index - 1)
     mine = [work for work in job.wanted if work.sha256 in part]
     _refuse_missing(mine)
     with adding(layout.features_dir, job.space, part) as store:
@@ -192,7 +192,7 @@ def run_part(layout: Layout, part: Part, *, features: FeaturesParams, augment: A
     return extracted
 
 
-def _job(layout: Layout, features: FeaturesParams, augment: AugmentParams) -> Job:
+def _job(layout: Layout, features: FeaturesParams, augment: AugmentParams, *, place: int) -> Job:
     """Reads what there is to do and opens the backbone."""
     read_engine(layout.features_dir)  # a store of another format is left alone
     card = read_card(layout.backbone_card)
@@ -204,7 +204,7 @@ def _job(layout: Layout, features: FeaturesParams, augment: AugmentParams) -> Jo
         hflip=augment.hflip,
     )
     wanted = _wanted(images, open_images(layout.raw), views)
-    extractor = _open_extractor(layout, card, features.engine, augment)
+    extractor = _open_extractor(layout, card, features.engine, augment, place)
     logger.info("the trunk runs on %s: %s", extractor.engine.name, extractor.engine.reason)
     return Job(wanted, views, feature_space(card, extractor.engine.name), extractor)
 
@@ -229,7 +229,7 @@ def _refuse_missing(wanted: Sequence[Work]) -> None:
 
 
 def _open_extractor(
-    layout: Layout, card: BackboneCard, engine: EngineName | Literal["auto"], augment: AugmentParams
+    layout: Layout, card: BackboneCard, engine: EngineName | Literal["auto"], augment: AugmentParams, place: int
 ) -> Extractor:
     """The backbone of the card.
 
@@ -247,7 +247,7 @@ def _open_extractor(
     return Extractor(
         preprocess=open_session(layout.preprocess_onnx),
         preprocess_crop=open_session(crop_graph.SerializeToString()),
-        engine=open_engine(engine, trunk=layout.trunk_onnx, weights=layout.backbone_weights, card=card),
+        engine=open_engine(engine, trunk=layout.trunk_onnx, weights=layout.backbone_weights, card=card, place=place),
         feature_dim=card.feature_dim,
         min_area_fraction=augment.min_area_fraction,
         hflip=augment.hflip,

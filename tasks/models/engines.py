@@ -96,7 +96,9 @@ def choose_engine(wanted: EngineName | Literal["auto"], machine: Machine) -> tup
     return "onnxruntime", f"no CUDA device, and {without}"
 
 
-def open_engine(wanted: EngineName | Literal["auto"], *, trunk: Path, weights: Path, card: BackboneCard) -> TrunkEngine:
+def open_engine(
+    wanted: EngineName | Literal["auto"], *, trunk: Path, weights: Path, card: BackboneCard, place: int
+) -> TrunkEngine:
     """Opens the trunk on the engine that the rule chooses.
 
     Args:
@@ -104,6 +106,7 @@ def open_engine(wanted: EngineName | Literal["auto"], *, trunk: Path, weights: P
         trunk: trunk.onnx, what onnxruntime and OpenVINO run.
         weights: weights.safetensors, what torch runs.
         card: Of the backbone.
+        place: Of this process among those that share the machine's GPUs, from 0.
 
     Raises:
         ParamsError: If the engine that is asked for cannot run here.
@@ -112,7 +115,7 @@ def open_engine(wanted: EngineName | Literal["auto"], *, trunk: Path, weights: P
     machine = this_machine()
     name, reason = choose_engine(wanted, machine)
     if name == "torch":
-        forward, precision = torch_forward(weights, card, device="cuda")
+        forward, precision = torch_forward(weights, card, device="cuda", place=place)
         return TrunkEngine(f"torch-cuda-{precision}", reason, HALF_TOLERANCE, forward)
     if name == "openvino":
         if machine.openvino_bfloat16:
@@ -166,8 +169,10 @@ def openvino_forward(trunk: Path, precision: Literal["float32", "bfloat16"]) -> 
     return forward
 
 
-def torch_forward(weights: Path, card: BackboneCard, *, device: Literal["cuda", "cpu"]) -> tuple[Forward, str]:
-    """Channels last; on CUDA in bfloat16, or in float16 where the device has none.
+def torch_forward(
+    weights: Path, card: BackboneCard, *, device: Literal["cuda", "cpu"], place: int
+) -> tuple[Forward, str]:
+    """Channels last; on CUDA in bfloat16, or in float16 where the device has none. Processes take the GPUs by turns.
 
     Returns:
         The trunk, and the name of its precision.
@@ -189,10 +194,11 @@ def torch_forward(weights: Path, card: BackboneCard, *, device: Literal["cuda", 
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     network = build_network(card.architecture, depths=card.depths)
     network.load_trunk(load_file(weights))
-    network.eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    where = torch.device("cuda", place % torch.cuda.device_count()) if device == "cuda" else torch.device("cpu")
+    network.eval().to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        images = torch.from_numpy(pixels).to(device).contiguous(memory_format=torch.channels_last)
+        images = torch.from_numpy(pixels).to(where).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
             features: NDArray[np.float32] = network(images).float().cpu().numpy()  # (B, D)
         return features

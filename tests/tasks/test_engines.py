@@ -107,18 +107,18 @@ def test_looking_at_the_machine_imports_no_torch(repository: Path) -> None:
 
 def test_torch_computes_what_onnxruntime_computes(backbone: tuple[Layout, BackboneCard]) -> None:
     layout, card = backbone
-    forward, precision = torch_forward(layout.backbone_weights, card, device="cpu")
+    forward, precision = torch_forward(layout.backbone_weights, card, device="cpu", place=0)
     expected = onnxruntime_forward(layout.trunk_onnx)(PIXELS)
     assert precision == "float32"
     assert relative_difference(forward(PIXELS), expected) < FLOAT32_TOLERANCE / 10
     with pytest.raises(BackboneError, match="not what the backbone's card speaks of"):
-        torch_forward(layout.trunk_onnx, card, device="cpu")
+        torch_forward(layout.trunk_onnx, card, device="cpu", place=0)
 
 
 @with_cuda
 def test_torch_on_a_gpu_computes_what_onnxruntime_computes(backbone: tuple[Layout, BackboneCard]) -> None:
     layout, card = backbone
-    engine = open_engine("torch", trunk=layout.trunk_onnx, weights=layout.backbone_weights, card=card)
+    engine = open_engine("torch", trunk=layout.trunk_onnx, weights=layout.backbone_weights, card=card, place=0)
     assert engine.name in ("torch-cuda-bfloat16", "torch-cuda-float16")
     expected = onnxruntime_forward(layout.trunk_onnx)(PIXELS)
     assert relative_difference(engine.forward(PIXELS), expected) < HALF_TOLERANCE
@@ -153,6 +153,6 @@ def test_openvino_names_a_graph_that_it_cannot_run(tmp_path: Path) -> None:
 
 def test_the_name_of_an_engine_tells_device_and_precision(backbone: tuple[Layout, BackboneCard]) -> None:
     layout, card = backbone
-    engine = open_engine("onnxruntime", trunk=layout.trunk_onnx, weights=layout.backbone_weights, card=card)
+    engine = open_engine("onnxruntime", trunk=layout.trunk_onnx, weights=layout.backbone_weights, card=card, place=0)
     assert (engine.name, engine.reason) == ("onnxruntime-cpu-float32", "features.engine names it")
     assert engine.forward(PIXELS).shape == (9, card.feature_dim)

@@ -266,7 +266,7 @@ class TestCacheFeatures:
         sha, card = sha256_bytes(path.read_bytes()), read_card(layout.backbone_card)
         image = np.asarray(Image.open(path))
         crop = apply_view(image, "crop-1", key=sha, min_area_fraction=0.5, hflip=False)
-        extractor = cache_features._open_extractor(layout, card, "onnxruntime", AUGMENT)
+        extractor = cache_features._open_extractor(layout, card, "onnxruntime", AUGMENT, 0)
         for view, shown, session in (
             ("centre", image, extractor.preprocess),
             ("crop-1@0.5", crop, extractor.preprocess_crop),
