@@ -268,6 +268,25 @@ def serve(context: typer.Context) -> None:
 
 
 @app.command()
+def triton(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="The model repository; other models in it stay.")],
+    version: Annotated[int | None, typer.Option(help="A version instead of the champion.", min=1)] = None,
+    name: Annotated[str, typer.Option(help="The model's name there.")] = "tanuki",
+    storage_uri: Annotated[str | None, typer.Option(help="Where KServe finds it: writes its manifest too.")] = None,
+) -> None:
+    """Write a version as a model repository that Triton serves, and KServe with it."""
+    from deploy.registry import Registry
+    from deploy.triton_repository import write_triton_repository
+
+    registry = Registry(find_workspace(context.obj).registry_dir)
+    chosen = registry.version(version) if version else registry.require_champion()
+    bundle = registry.bundle(chosen.id)
+    made = write_triton_repository(folder, bundle, name=name, version=chosen.id, storage_uri=storage_uri)
+    out.print(f"{escape(str(made))}: version {chosen.id}. Next: tritonserver --model-repository {escape(str(folder))}")
+
+
+@app.command()
 def versions(
     context: typer.Context,
     at: Annotated[

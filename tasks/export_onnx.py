@@ -286,7 +286,10 @@ def _int8(
 
     calibration = _by_class_in_turns(images[images["split"] == "train"], export_onnx.int8_calibration_images)
     seen = [pixels(row) for row in calibration]
-    graphs = [quantised(back, seen, first_in_float=first_in_float) for first_in_float in (False, True)]
+    try:
+        graphs = [quantised(back, seen, first_in_float=first_in_float) for first_in_float in (False, True)]
+    except ExportError as error:
+        return None, Int8Report(False, str(error), len(val))
     for graph in graphs:
         set_metadata(graph, graph_metadata(facts))
     variants = [to_bytes(graph) for graph in graphs]

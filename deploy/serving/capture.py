@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from deploy.bundle import Bundle
 from deploy.files import atomic_path
 from deploy.serving.errors import ServingError
 from deploy.serving.live_model import LiveModel
@@ -28,6 +29,7 @@ QUEUE_ROWS = 4096
 FILE_ROWS = 4096
 FILE_S = 60.0  # a file is closed after this, however few rows it has
 PREFIX = "captured-"
+MAX_ID = 128  # characters of a client's name for its request
 
 Fate = Literal["kept", "dropped"]
 
@@ -36,9 +38,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Row:
+    """One answer. Of the model its record only: a row must not keep a retired version's sessions."""
+
     time: float
     request_id: str
-    model: LiveModel
+    version: int
+    bundle: Bundle
     answer: "Answer"
 
 
@@ -82,7 +87,7 @@ class Capture:
             if random.random() >= self._fraction:
                 continue
             try:
-                self._queue.put_nowait(_Row(time.time(), request_id, model, answer))
+                self._queue.put_nowait(_Row(time.time(), request_id[:MAX_ID], model.version, model.bundle, answer))
             except queue.Full:
                 self._on_rows("dropped", 1)
 
@@ -143,9 +148,9 @@ def _write_parquet(path: Path, rows: list[_Row]) -> None:
     columns: dict[str, tuple[Any, list[Any]]] = {
         "time": (pa.timestamp("us", tz="UTC"), [int(row.time * 1e6) for row in rows]),
         "request_id": (pa.string(), [row.request_id for row in rows]),
-        "version": (pa.int32(), [row.model.version for row in rows]),
-        "bundle": (pa.string(), [row.model.bundle.digest for row in rows]),
-        "label": (pa.string(), [row.model.labels[index] for row, index in zip(rows, best, strict=True)]),
+        "version": (pa.int32(), [row.version for row in rows]),
+        "bundle": (pa.string(), [row.bundle.digest for row in rows]),
+        "label": (pa.string(), [row.bundle.labels[index] for row, index in zip(rows, best, strict=True)]),
         "probability": (pa.float32(), [row.answer.probabilities[index] for row, index in zip(rows, best, strict=True)]),
         "probabilities": (numbers, [row.answer.probabilities for row in rows]),
         "embedding": (numbers, [row.answer.embedding for row in rows]),

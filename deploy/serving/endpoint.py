@@ -70,7 +70,7 @@ class Call:
         service: What answers.
         headers: Names in small letters; of a repeated one the last.
         id: The client's name for it (X-Request-Id), or one made here.
-        is_left: The client is known to have gone.
+        has_left: The client is known to have gone.
     """
 
     scope: Scope
@@ -78,7 +78,7 @@ class Call:
     service: Service
     headers: dict[bytes, bytes]
     id: str
-    is_left: bool = False
+    has_left: bool = False
 
     def path(self, name: str) -> str | None:
         """A part of the path."""
@@ -128,7 +128,7 @@ class Call:
         try:
             return await work
         except asyncio.CancelledError:
-            if not self.is_left:
+            if not self.has_left:
                 raise
             task.uncancel()
             raise ClientGoneError from None
@@ -140,7 +140,7 @@ class Call:
     async def _watch(self, task: "asyncio.Task[Any]") -> None:
         while (await self.receive())["type"] != "http.disconnect":
             pass
-        self.is_left = True
+        self.has_left = True
         task.cancel()
 
     async def _received(self, limit: int) -> bytes:

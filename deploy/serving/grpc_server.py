@@ -151,17 +151,15 @@ class InferenceService:
 
     def _understood(self, request: Any) -> InferRequest:
         name, limit = self.service.models.name, self.service.settings.max_pictures
-        tensors = [
-            check_input(each.name, each.datatype, each.shape, model=name, request_id=request.id, max_n=limit)
-            for each in request.inputs
-        ]
-        check_one_input([each.name for each in tensors], model=name, request_id=request.id)
-        wanted = []
+        check_one_input([each.name for each in request.inputs], model=name, request_id=request.id)
+        (given,) = request.inputs
+        tensor = check_input(given.name, given.datatype, given.shape, model=name, request_id=request.id, max_n=limit)
+        wanted: list[WantedOutput] = []
         for each in request.outputs:
-            check_output(each.name, model=name)
+            check_output(each.name, wanted, model=name)
             classes = _integers(each.parameters).get("classification", 0)
             wanted.append(WantedOutput(each.name, num_classes=max(0, classes)))
-        pictures = self._pictures(request, tensors[0])
+        pictures = self._pictures(request, tensor)
         return InferRequest(
             request.id, pictures, tuple(wanted) or all_outputs(), timeout_of(_integers(request.parameters))
         )

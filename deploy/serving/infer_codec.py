@@ -13,7 +13,6 @@ from deploy.serving.batcher import Picture
 from deploy.serving.errors import TOO_LARGE, RequestError
 from deploy.serving.inference_protocol import (
     InferRequest,
-    InputTensor,
     OutputTensor,
     WantedOutput,
     all_outputs,
@@ -117,23 +116,16 @@ def _pictures(
     inputs = _list(said, "inputs")
     if inputs is None:
         raise bad("Unable to parse 'inputs': attempt to access non-existing object member 'inputs'")
-    found: list[tuple[InputTensor, memoryview | Any]] = []
-    for each in inputs:
-        name, datatype, shape = _text(each, "name"), _text(each, "datatype"), _shape(each)
-        tensor = check_input(name, datatype, shape, model=model, request_id=request_id, max_n=max_pictures)
-        size = _binary_size(each, name, available=len(binary), model=model)
-        if size is None:
-            found.append((tensor, each["data"]))
-        else:
-            found.append((tensor, binary[:size]))
-            binary = binary[size:]
-    if binary:
+    check_one_input([str(each.get("name")) for each in inputs], model=model, request_id=request_id)
+    (entry,) = inputs
+    name, datatype, shape = _text(entry, "name"), _text(entry, "datatype"), _shape(entry)
+    tensor = check_input(name, datatype, shape, model=model, request_id=request_id, max_n=max_pictures)
+    size = _binary_size(entry, name, available=len(binary), model=model)
+    if len(binary) > (size or 0):
         raise bad(f"unexpected additional input data for model '{model}'")
-    check_one_input([tensor.name for tensor, _ in found], model=model, request_id=request_id)
-    tensor, data = found[0]
-    if isinstance(data, memoryview):
-        return pictures_of_raw(tensor, data, model=model, request_id=request_id)
-    return pictures_of_json(tensor, data)
+    if size is None:
+        return pictures_of_json(tensor, entry["data"])
+    return pictures_of_raw(tensor, binary, model=model, request_id=request_id)
 
 
 def _binary_size(entry: dict[str, Any], name: str, *, available: int, model: str) -> int | None:
@@ -158,10 +150,10 @@ def _outputs(said: dict[str, Any], *, model: str, is_binary: bool) -> tuple[Want
     outputs = _list(said, "outputs")
     if not outputs:
         return all_outputs(is_binary=is_binary)
-    wanted = []
+    wanted: list[WantedOutput] = []
     for each in outputs:
         name = _text(each, "name")
-        check_output(name, model=model)
+        check_output(name, wanted, model=model)
         parameters = _object(each, "parameters")
         if SHARED_MEMORY in parameters:
             raise bad(f"shared memory is not offered: output '{name}' for model '{model}'")
@@ -169,8 +161,6 @@ def _outputs(said: dict[str, Any], *, model: str, is_binary: bool) -> tuple[Want
         if not _is_natural(classes):
             raise bad(f"Unable to parse 'classification': {NO_NATURAL}")
         wanted.append(WantedOutput(name, parameters.get("binary_data", is_binary) is True, classes))
-    if len({each.name for each in wanted}) < len(wanted):
-        raise bad(f"an output is asked for twice for model '{model}'")
     return tuple(wanted)
 
 

@@ -180,14 +180,16 @@ def check_one_input(names: Sequence[str], *, model: str, request_id: str) -> Non
         )
 
 
-def check_output(name: str, *, model: str) -> None:
-    """Holds a request to the model's outputs.
+def check_output(name: str, before: Sequence[WantedOutput], *, model: str) -> None:
+    """Holds a request to the model's outputs, each once.
 
     Raises:
-        RequestError: If it has no such output.
+        RequestError: If it has no such output, or it is among those before.
     """
     if name not in (PROBABILITIES, EMBEDDING):
         raise bad(f"unexpected inference output '{echo(name)}' for model '{model}'")
+    if any(each.name == name for each in before):
+        raise bad(f"inference output '{name}' is asked for twice for model '{model}'")
 
 
 def pictures_of_raw(tensor: InputTensor, raw: memoryview, *, model: str, request_id: str) -> list[Picture]:

@@ -18,6 +18,7 @@ from deploy.serving.service import Service
 
 MAX_TOP = 100
 DEFAULT_TOP = 5
+MAX_HEADERS = 16  # of a form's part
 
 
 def predict_routes(service: Service) -> list[BaseRoute]:
@@ -34,11 +35,9 @@ async def predict(call: Call) -> Reply:
     service = call.service
     model = service.models.resolve(service.models.name, call.query("version"))
     top = _top(call.query("top"))
-    pictures = _pictures(await call.body(), call.headers.get(b"content-type", b""))
+    pictures = await _pictures(call, await call.body())
     if not pictures:
         raise RequestError(BAD_REQUEST, "no picture: send one as the body, or several as files of a multipart form")
-    if len(pictures) > service.settings.max_pictures:
-        raise RequestError(BAD_REQUEST, f"{len(pictures)} pictures are more than {service.settings.max_pictures}")
     outcomes = await call.unless_left(service.answer(model, [data for _, data in pictures], request_id=call.id))
     named = zip((name for name, _ in pictures), outcomes, strict=True)
     answer: dict[str, Any] = {
@@ -77,25 +76,33 @@ def _status(outcomes: Sequence[Outcome]) -> int:
 def _top(asked: str | None) -> int:
     if asked is None:
         return DEFAULT_TOP
-    if not asked.isascii() or not asked.isdecimal() or not 1 <= int(asked[:9]) <= MAX_TOP:
+    if not asked.isascii() or not asked.isdecimal() or len(asked) > 3 or not 1 <= int(asked) <= MAX_TOP:
         raise RequestError(BAD_REQUEST, f"top must be a whole number of 1 to {MAX_TOP}")
     return int(asked)
 
 
-def _pictures(body: bytes, content_type: bytes) -> list[tuple[str, bytes]]:
+async def _pictures(call: Call, body: bytes) -> list[tuple[str, bytes]]:
     """Name and bytes of each picture."""
-    kind, options = parse_options_header(content_type)
+    kind, options = parse_options_header(call.headers.get(b"content-type", b""))
     if kind == b"multipart/form-data":
-        return _files(body, options.get(b"boundary", b""))
+        limit = call.service.settings.max_pictures
+        return await call.aside(_files, body, options.get(b"boundary", b""), limit)
     return [("picture", body)] if body else []
 
 
-def _files(body: bytes, boundary: bytes) -> list[tuple[str, bytes]]:
-    """The parts of a form, each as one picture."""
+def _files(body: bytes, boundary: bytes, limit: int) -> list[tuple[str, bytes]]:
+    """The parts of a form, each as one picture; it stops where there are too many, as that takes long to find out."""
     parts: list[tuple[dict[bytes, bytearray], bytearray]] = []
     name, value = bytearray(), bytearray()
 
+    def begin() -> None:
+        if len(parts) == limit:
+            raise RequestError(BAD_REQUEST, f"more than {limit} pictures")
+        parts.append(({}, bytearray()))
+
     def end_header() -> None:
+        if len(parts[-1][0]) == MAX_HEADERS or bytes(name).lower() in parts[-1][0]:
+            raise RequestError(BAD_REQUEST, "the form cannot be read: too many headers of a part")
         parts[-1][0][bytes(name).lower()] = bytearray(value)
         name.clear()
         value.clear()
@@ -104,7 +111,7 @@ def _files(body: bytes, boundary: bytes) -> list[tuple[str, bytes]]:
         parser = MultipartParser(
             boundary,
             {
-                "on_part_begin": lambda: parts.append(({}, bytearray())),
+                "on_part_begin": begin,
                 "on_part_data": lambda data, start, end: parts[-1][1].extend(data[start:end]),
                 "on_header_field": lambda data, start, end: name.extend(data[start:end]),
                 "on_header_value": lambda data, start, end: value.extend(data[start:end]),

@@ -27,6 +27,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from deploy.predictor import BATCH_SIZE
+from tasks.errors import ExportError
 from tasks.export.graph import canonical
 
 ROUNDS = 15
@@ -69,13 +70,33 @@ def quantised(back: onnx.ModelProto, pixels: Iterable[NDArray[np.float32]], *, f
 
     Returns:
         A graph of standard operators; equal arguments make equal bytes on equal processors.
+
+    Raises:
+        ExportError: If onnxruntime's tools fail on it.
     """
+    try:
+        model = canonical(_quantised(back, pixels, first_in_float=first_in_float), keep="")
+    except Exception as error:  # onnxruntime's tools raise whatever a graph makes them trip over
+        raise ExportError(f"onnxruntime cannot quantise this graph: {error}") from error
+    used = {node.domain for node in model.graph.node}
+    if used != {""}:
+        raise ExportError(f"onnxruntime quantised this graph into operators outside the standard, of {sorted(used)}")
+    opsets = [entry for entry in model.opset_import if entry.domain in used]  # onnxruntime names all that it knows
+    del model.opset_import[:]
+    model.opset_import.extend(opsets)
+    return model
+
+
+def _quantised(
+    back: onnx.ModelProto, pixels: Iterable[NDArray[np.float32]], *, first_in_float: bool
+) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         source, prepared, made = (Path(folder) / name for name in ("source.onnx", "prepared.onnx", "made.onnx"))
         onnx.save(back, source)
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        graph = onnx.load(prepared)
         quantize_static(
-            onnx.load(prepared),
+            graph,
             made,
             _Pixels(pixels),
             quant_format=QuantFormat.QDQ,
@@ -84,19 +105,14 @@ def quantised(back: onnx.ModelProto, pixels: Iterable[NDArray[np.float32]], *, f
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            nodes_to_exclude=kept_in_float(onnx.load(prepared).graph, first_in_float=first_in_float),
+            nodes_to_exclude=kept_in_float(graph.graph, first_in_float=first_in_float),
         )
-        model = canonical(onnx.load(made), keep="")
-    used = {node.domain for node in model.graph.node}
-    opsets = [entry for entry in model.opset_import if entry.domain in used]  # onnxruntime names all that it knows
-    del model.opset_import[:]
-    model.opset_import.extend(opsets)
-    return model
+        return onnx.load(made)
 
 
 def kept_in_float(graph: onnx.GraphProto, *, first_in_float: bool) -> list[str]:
     """The nodes that no convolution follows and, where asked for, the first convolution."""
-    kept = [next(node.name for node in graph.node if node.op_type == "Conv")] if first_in_float else []
+    kept = [node.name for node in graph.node if node.op_type == "Conv"][: int(first_in_float)]
     leads_to_one: set[str] = set()
     for node in reversed(graph.node):
         if node.op_type == "Conv" or leads_to_one.intersection(node.output):

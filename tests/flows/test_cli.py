@@ -51,9 +51,7 @@ def test_every_mistake_in_params_is_told_at_once(workspace: Workspace) -> None:
 
 def test_a_number_written_as_text_is_a_mistake(workspace: Workspace) -> None:
     workspace.set_param("features.recheck", "32")
-    assert "features.recheck" in paragraph(
-        workspace.run(sys.executable, "-m", "tasks", "fetch_backbone", check=False)
-    )
+    assert "features.recheck" in paragraph(workspace.run(sys.executable, "-m", "tasks", "fetch_backbone", check=False))
 
 
 def test_wrong_usage_exits_with_2(workspace: Workspace) -> None:

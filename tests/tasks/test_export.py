@@ -436,6 +436,7 @@ def test_int8_that_is_not_faster_or_cannot_be_judged_leaves_the_bundle_as_it_is_
     for update, why in (
         ({"int8_min_speedup": 1e9}, "not 1000000000.0 times as fast"),
         ({"int8_max_accuracy_loss": 0.01}, "6 validation images cannot show a loss of 0.01"),
+        ({"int8_calibration_images": 0}, "cannot quantise this graph"),
     ):
         report = export_onnx.run(with_validation, export_onnx=asked(params, **update))
         assert report.int8 is not None
@@ -478,6 +479,8 @@ def test_quantisation_keeps_what_no_convolution_follows_in_float_and_is_the_same
     kept = [set(kept_in_float(back.graph, first_in_float=each)) for each in (False, True)]
     assert {"head/Gemm", "head/Softmax"} <= kept[0]
     assert kept[1] - kept[0] == {next(node.name for node in back.graph.node if node.op_type == "Conv")}
+    with pytest.raises(ExportError, match="cannot quantise"):
+        quantised(back, [], first_in_float=False)
     fp32, int8 = open_session(to_bytes(back)), open_session(to_bytes(first))
     same, found = compare(fp32, [fp32, int8], pixels, np.zeros(8, np.int64))
     assert (same.agreement, same.accuracy_int8) == (1.0, same.accuracy_fp32)

@@ -64,7 +64,7 @@ class Running:
         found = [line.rsplit(" ", 1) for line in self.client.get("/metrics").text.splitlines() if line[:1] != "#"]
         return sum(float(value) for key, value in found if key == name or key.startswith(name + "{"))
 
-    def stop(self, timeout_s: float = 20) -> int:
+    def stop(self, timeout_s: float = 60) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
 
@@ -100,7 +100,7 @@ def _port(process: "subprocess.Popen[str]", log: Path) -> int:
     raise AssertionError(f"the server did not start: {log.read_text()}")
 
 
-def eventually(condition: Any, timeout_s: float = 15) -> None:
+def eventually(condition: Any, timeout_s: float = 60) -> None:
     """Waits until something holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -16,7 +16,7 @@ from deploy.serving.live_model import LiveModel
 from tests.deploy.tiny_bundle import LABELS, colour_image, encoded, write_colour_bundle
 
 # Long enough in preprocessing to hold a thread while others queue up.
-HUGE = np.full((3000, 3000, 3), 7, np.uint8)
+HUGE = np.full((5000, 5000, 3), 7, np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_each_picture_gets_its_own_answer_in_its_own_place(model: LiveModel) -> 
 
 def test_idle_threads_share_what_waits(model: LiveModel) -> None:
     async def use(batcher: Batcher) -> None:
-        await asyncio.sleep(0.1)  # until both threads are idle
+        await asyncio.sleep(0.5)  # until both threads are idle
         await batcher.answer(model, [colour_image("blau", size=(400, 400))] * 4, timeout_s=30)
 
     batches = with_batcher(use)

@@ -148,6 +148,7 @@ def test_mistakes_have_their_code_and_the_same_words(client: Any) -> None:
     wrong_shape.set_data_from_numpy(np.zeros((1, 3, 10, 10), np.uint8))
     wrong_type = client_module.InferInput("images", [1, 1, 1, 3], "FP32")
     wrong_type.set_data_from_numpy(np.zeros((1, 1, 1, 3), np.float32))
+    twice = [client_module.InferRequestedOutput("embedding")] * 2
     for call, code, message in (
         (lambda: client.infer("other", [images_input("blau")]), "NOT_FOUND", "unknown model: 'other' is not found"),
         (lambda: client.infer("m", [images_input("blau")], "7"), "NOT_FOUND", "version 7 is not found"),
@@ -155,6 +156,7 @@ def test_mistakes_have_their_code_and_the_same_words(client: Any) -> None:
         (lambda: client.infer("m", [wrong_type]), "INVALID_ARGUMENT", "data-type is 'FP32'"),
         (lambda: client.infer("m", [images_input(*["blau"] * 9)]), "INVALID_ARGUMENT", "must be <= 8"),
         (lambda: client.infer("m", [images_input("blau"), encoded_input("blau")]), "INVALID_ARGUMENT", "got 2 inputs"),
+        (lambda: client.infer("m", [images_input("blau")], outputs=twice), "INVALID_ARGUMENT", "asked for twice"),
         (lambda: client.get_model_metadata("other"), "NOT_FOUND", "'other' is not found"),
         (lambda: client.unload_model("m"), "INVALID_ARGUMENT", "promote or roll back"),
         (lambda: client.load_model("other"), "INVALID_ARGUMENT", "failed to load 'other'"),

@@ -124,7 +124,19 @@ def packed(how: str) -> dict[str, str]:
         ("/predict?top=many", {"content": BLUE}, 400, "top must be"),
         ("/predict?version=7", {"content": BLUE}, 404, "version 7 is not found"),
         (f"/predict?version={'9' * 5000}", {"content": BLUE}, 404, "is not found"),
-        ("/predict", {"files": [("f", (f"{i}", BLUE)) for i in range(9)]}, 400, "more than 8"),
+        ("/predict", {"files": [("f", (f"{i}", BLUE)) for i in range(9)]}, 400, "more than 8 pictures"),
+        (
+            "/predict",
+            {"content": b"--b\r\nA:b\r\n\r\n\r\n" * 200_000, "headers": form("; boundary=b")},
+            400,
+            "more than 8",
+        ),
+        (
+            "/predict",
+            {"content": b"--b\r\n" + b"A:b\r\n" * 500_000, "headers": form("; boundary=b")},
+            400,
+            "too many headers",
+        ),
         ("/predict", {"content": b"--x\r\nbroken", "headers": form()}, 400, "form"),
         ("/predict", {"content": b"broken", "headers": form("; boundary=x")}, 400, ""),
         ("/predict", {"content": bytes(4_000_001)}, 413, "larger than 4000000 bytes"),
@@ -242,7 +254,7 @@ def test_a_client_that_left_is_not_worked_for(registry: Path, tmp_path: Path) ->
 def _ask_and_leave(port: int, picture: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port)) as line:
         line.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(picture) + picture)
-        time.sleep(0.3)
+        time.sleep(0.12)
 
 
 def test_a_timeout_that_the_client_names_is_kept(registry: Path, tmp_path: Path) -> None:
