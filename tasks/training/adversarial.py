@@ -346,13 +346,9 @@ class _Adversarial:
             loss = self._run_epoch(tuner, epoch, progress.attack)
             guarded = self._guarded() if progress.attack == "fgsm_rs" else None
             if has_collapsed(progress.guarded, guarded, self.adversarial.max_fall):
-                logger.warning(
-                    "stage %s, epoch %d: accuracy under PGD fell from %.3f to %.3f: the epoch is taken again with PGD",
-                    *(ADVERSARIAL, epoch + 1, progress.guarded, guarded),
-                )
-                saved = self.checkpoints.load()
-                assert saved is not None, "an epoch of this run came before"
-                tuner.restore(saved.tensors, saved.position["step"])
+                told = (ADVERSARIAL, epoch + 1, progress.guarded, guarded)
+                logger.warning("stage %s, epoch %d: accuracy under PGD fell from %.3f to %.3f: again, with PGD", *told)
+                self._go_back(tuner)
                 progress = replace(progress, attack="pgd", collapsed_epoch=epoch + 1, guarded=None)
                 continue
             with _holding(tuner.tensors, tuner.ema.average):
@@ -361,22 +357,23 @@ class _Adversarial:
             if rank > tuple(progress.best_rank):
                 progress, best = replace(progress, best_epoch=epoch + 1, best_rank=rank), copied(tuner.ema.average)
             progress = replace(progress, guarded=guarded)
+            length, seconds = tuner.pace.length, time.perf_counter() - began
             logger.info(
                 "stage %s, epoch %d/%d, step %d/%d, %s: train loss %.4f, %s, %.1f s",
-                *(
-                    ADVERSARIAL,
-                    epoch + 1,
-                    tuner.pace.length.epochs,
-                    tuner.step,
-                    tuner.pace.length.steps,
-                    progress.attack,
-                ),
-                *(loss, _told(measured), time.perf_counter() - began),
+                *(ADVERSARIAL, epoch + 1, length.epochs, tuner.step, length.steps),
+                *(progress.attack, loss, _told(measured), seconds),
             )
             epoch += 1
             position = {**position_of(self.tuned.records, epoch, tuner.step), ADVERSARIAL: asdict(progress)}
             self.checkpoints.save(Checkpoint(position, {**kept, **tuner.state(), **prefixed("best", best)}))
         return best, progress
+
+    def _go_back(self, tuner: StageTuner) -> None:
+        """To the end of the epoch before, which is in the checkpoint."""
+        saved = self.checkpoints.load()
+        if saved is None:
+            raise RuntimeError(f"{self.checkpoints.path} has gone while it was needed")
+        tuner.restore(saved.tensors, saved.position["step"])
 
     def _run_epoch(self, tuner: StageTuner, epoch: int, attack: AttackName) -> float:
         """One step a batch; the mean loss, nats a picture."""

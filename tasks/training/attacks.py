@@ -7,14 +7,14 @@ What withstands these may fall to a cleverer attack: accuracy under them is an u
 References:
     Goodfellow, Shlens and Szegedy 2015, arXiv:1412.6572 (FGSM).
     Wong, Rice and Kolter 2020, arXiv:2001.03994 (FGSM from a random start, with a step of 1.25 epsilon).
-    Madry et al. 2018, arXiv:1706.06083 (PGD).
+    Madry et al. 2018, arXiv:1706.06083 (PGD). Carlini and Wagner 2017, arXiv:1608.04644 (the margin as a loss).
 """
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 FGSM_RS_STEP = 1.25
 PGD_REACH = 2.5
@@ -85,10 +85,13 @@ def within(found: Tensor, images: Tensor, epsilon: float) -> Tensor:
 
 
 def _ascent(model: Model, images: Tensor, labels: Tensor) -> Tensor:
-    """Signs of the gradient of the loss by the pictures (B, 3, S, S)."""
+    """Signs of the gradient of the margin by the pictures (B, 3, S, S).
+
+    Of the margin, not of the cross-entropy: where float32 rounds a probability to 1, the right class drops out of that
+    one's gradient, and a confident model, such as one with a temperature below 1, would seem robust.
+    """
     moving = images.detach().requires_grad_()
-    loss = nn.functional.cross_entropy(model(moving), labels, reduction="sum")
-    return torch.autograd.grad(loss, moving)[0].sign()
+    return torch.autograd.grad(_margins(model(moving), labels).sum(), moving)[0].sign()
 
 
 def _margins(logits: Tensor, labels: Tensor) -> Tensor:
