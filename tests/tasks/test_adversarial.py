@@ -268,6 +268,7 @@ def test_robustness_is_kept_if_it_is_no_luck_and_affordable() -> None:
 # The stage
 
 
+@pytest.mark.slow
 def test_the_stage_makes_the_network_withstand_what_it_did_not(layout: Layout, repository: Path) -> None:
     report = run(layout, repository, {"epsilon": 8.0, "max_clean_loss": 0.1}, batch_size=14)
     record = stage_of(report)
