@@ -1,6 +1,7 @@
 """What Prometheus reads. Everything is counted on the event loop."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -10,6 +11,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 
 from deploy.serving.batcher import BatchTimes
@@ -18,18 +20,23 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 PICTURES = (1, 2, 3, 4, 8, 16)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+# Name, documentation, type, and samples: name, labels and value.
+Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]
+
 
 class Metrics:
-    """The counters of one server.
+    """The counters of one process.
 
     Args:
         waiting: Tells how many pictures wait.
         champion: Tells the version that answers; 0 for none.
+        worker: The number of the process, where there are several.
     """
 
-    def __init__(self, *, waiting: Callable[[], int], champion: Callable[[], int]) -> None:
+    def __init__(self, *, waiting: Callable[[], int], champion: Callable[[], int], worker: int | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each counter, which nobody reads
         self._registry = registry = CollectorRegistry()
+        self._of = {} if worker is None else {"worker": str(worker)}
         self._looked_up: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         ProcessCollector(registry=registry)
         self._requests = Counter(
@@ -88,6 +95,37 @@ class Metrics:
         """Counts answers that were kept for drift, or dropped."""
         self._captured.labels(fate).inc(rows)
 
-    def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
-        return generate_latest(self._registry)
+    def families(self) -> list[Family]:
+        """All of it, as this process counted it."""
+        return [
+            (
+                each.name,
+                each.documentation,
+                each.type,
+                [(s.name, {**s.labels, **self._of}, s.value) for s in each.samples],
+            )
+            for each in self._registry.collect()
+        ]
+
+
+class _Collected:
+    """Families of several processes, as a collector."""
+
+    def __init__(self, processes: Iterable[Sequence[Family]]) -> None:
+        self._processes = processes
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for name, text, kind, samples in itertools.chain.from_iterable(self._processes):
+            family = families.setdefault(name, Metric(name, text, kind))
+            for sample in samples:
+                family.add_sample(*sample)
+        yield from families.values()
+
+
+def metrics_text(processes: Iterable[Sequence[Family]]) -> bytes:
+    """As Prometheus reads it; series of several processes differ by their label ``worker``.
+
+    Counts are not added up: a worker that was replaced begins at 0, and Prometheus sees that in a series of its own.
+    """
+    return generate_latest(_Collected(processes))

@@ -54,7 +54,7 @@ async def predict(call: Call) -> Reply:
 
 async def metrics(call: Call) -> Reply:
     """For Prometheus."""
-    return Reply(call.service.metrics.text(), content_type=CONTENT_TYPE.encode())
+    return Reply(await call.service.metrics_text(), content_type=CONTENT_TYPE.encode())
 
 
 def _prediction(name: str, outcome: Outcome, model: LiveModel, top: int) -> dict[str, Any]:

@@ -18,6 +18,9 @@ class Settings:
     host: Annotated[str, "address to listen on; 0.0.0.0 for all"] = "127.0.0.1"
     port: Annotated[int, "port of HTTP; 0 for any free one"] = 8000
     grpc_port: Annotated[int | None, "port of gRPC, Triton's is 8001; 0 for any free one; no gRPC, if not given"] = None
+    workers: Annotated[
+        int, "processes that share the port and the threads; for many cores, where one loop is short"
+    ] = 1
     threads: Annotated[int | None, "threads that answer; as many as cores may be used, if not given"] = None
     public_key: Annotated[Path | None, "only bundles signed by this key (`tanuki keygen`) answer"] = None
     keep: Annotated[int, "earlier versions that stay loaded and addressable"] = 2
@@ -88,6 +91,8 @@ def _mistakes(settings: Settings) -> list[str]:
     ]
     if (settings.tls_cert is None) != (settings.tls_key is None):
         mistakes.append("--tls-cert and --tls-key go together")
+    if settings.workers < 1:
+        mistakes.append("--workers must be at least 1")
     if settings.max_waiting < settings.max_pictures:
         mistakes.append(f"--max-waiting must hold a whole request: at least --max-pictures, {settings.max_pictures}")
     return mistakes
