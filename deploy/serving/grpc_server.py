@@ -122,7 +122,7 @@ class InferenceService:
 
     async def model_infer(self, request: Any, context: Context) -> Any:
         models = self.service.models
-        model = models.resolve(request.model_name, request.model_version)
+        model = self.service.choose(request.model_name, request.model_version)
         asked = self._understood(request)
         limits = [limit for limit in (asked.timeout_s, context.time_remaining()) if limit is not None]
         outcomes = await self.service.answer(

@@ -17,6 +17,7 @@ from prometheus_client.exposition import generate_latest
 from deploy.serving.batcher import BatchTimes
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 PICTURES = (1, 2, 3, 4, 8, 16)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -58,6 +59,14 @@ class Metrics:
         self._pictures = Counter("tanuki_pictures", "Pictures taken up, by version.", ["version"], registry=registry)
         self._reloads = Counter("tanuki_reloads", "New champions, by outcome.", ["outcome"], registry=registry)
         self._captured = Counter("tanuki_captured", "Answers kept for drift, or dropped.", ["fate"], registry=registry)
+        pair = ["champion", "challenger"]
+        self._compared = Counter(
+            "tanuki_compared", "Pictures of two versions, by outcome.", [*pair, "fate"], registry=registry
+        )
+        self._distance = Histogram(
+            "tanuki_compared_distance", "Total variation distance of two versions' answers to a picture.", pair,
+            buckets=SHARES, registry=registry,
+        )  # fmt: skip
         for outcome in ("swapped", "refused"):
             self._reloads.labels(outcome)
         Gauge("tanuki_waiting_pictures", "Pictures that wait or are worked on.", registry=registry).set_function(
@@ -90,6 +99,12 @@ class Metrics:
     def reload(self, outcome: str) -> None:
         """Counts a champion that was taken over, or refused."""
         self._reloads.labels(outcome).inc()
+
+    def compared(self, champion: int, challenger: int, fate: str, distance: float) -> None:
+        """Counts a picture that two versions were asked about, or that there was no time for."""
+        self._compared.labels(champion, challenger, fate).inc()
+        if fate in ("same", "other"):
+            self._distance.labels(champion, challenger).observe(distance)
 
     def captured(self, fate: str, rows: int) -> None:
         """Counts answers that were kept for drift, or dropped."""

@@ -55,7 +55,7 @@ def protocol_routes(service: Service) -> list[BaseRoute]:
 async def infer(call: Call) -> Reply:
     """Answers a request's pictures."""
     service = call.service
-    model = service.models.resolve(str(call.path("model")), call.path("version"))
+    model = service.choose(str(call.path("model")), call.path("version"))
     body = await call.body()
     header = call.headers.get(HEADER_LENGTH)
     parse = partial(

@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from deploy.errors import TanukiError
 from deploy.machine import available_cores
 from deploy.registry import Registry
 from deploy.serving.batcher import Answer, Batcher, BatchTimes, Outcome, Picture
 from deploy.serving.capture import Capture
+from deploy.serving.comparison import Challenge, reports_of
 from deploy.serving.errors import BAD_REQUEST, RequestError, ServingError
 from deploy.serving.inference_protocol import model_statistics, summed_statistics
 from deploy.serving.live_model import LiveModel
@@ -60,10 +62,12 @@ class Service:
         self.capture: Capture | None = None
         self._worker = worker
         self._peers: Peers | None = None
+        self._challenge: Challenge | None = None
         self._own: Handlers = {
             "metrics": self._own_metrics,
             "statistics": self._own_statistics,
             "look": self._own_look,
+            "comparisons": self._own_comparisons,
         }
         self._watcher = Watcher(self.models, every_s=settings.watch_s)
         self._tokens = _tokens(settings)
@@ -82,9 +86,17 @@ class Service:
         self.models.refresh()
         if self.models.problem is not None:
             raise ServingError(f"the champion cannot answer: {self.models.problem}")
+        if self.settings.second is not None:
+            self._add_challenger(self.settings.second.version)
         self.capture = self._start_capture()
         if self.models.champion is None:
             logger.warning("%s has no champion yet: waiting for the first promotion", self.settings.registry)
+
+    def _add_challenger(self, version: int) -> None:
+        try:
+            self.models.add_challenger(version)
+        except TanukiError as error:
+            raise ServingError(f"version {version} cannot be compared with the champion: {error}") from error
 
     async def start(self) -> None:
         """Starts the threads; on the event loop that they answer to."""
@@ -94,6 +106,13 @@ class Service:
             max_pixels=self.settings.max_pixels,
             on_batch=self._count_batch,
         )
+        if self.settings.second is not None:
+            self._challenge = Challenge(
+                self.settings.second,
+                self.models,
+                self.batcher,
+                on_compared=self.metrics.compared,
+            )
         self._watcher.start()
 
     async def join_peers(self) -> None:
@@ -122,6 +141,8 @@ class Service:
         """Ends the threads, once what waits is answered."""
         if self._peers is not None:
             await self._peers.stop()
+        if self._challenge is not None:
+            await self._challenge.stop()
         await asyncio.to_thread(self._watcher.stop)
         await asyncio.to_thread(self.batcher.close)
         if self.capture is not None:
@@ -176,6 +197,22 @@ class Service:
         await asyncio.to_thread(self.models.refresh, force=True)
         return self.models.problem
 
+    async def _own_comparisons(self) -> list[dict[str, Any]]:
+        return self._challenge.found() if self._challenge else []
+
+    async def comparisons(self) -> list[dict[str, Any]]:
+        """What the second version said of the champion's pictures, in all processes."""
+        return reports_of(await self._of_all("comparisons"))
+
+    def choose(self, name: str, version: str | None = None) -> LiveModel:
+        """Who answers a request: the version that it names, else the champion, or the second version for its share.
+
+        Raises:
+            RequestError: If it is not here.
+        """
+        model = self.models.resolve(name, version)
+        return model if version or self._challenge is None else self._challenge.choose(model)
+
     async def answer(
         self, model: LiveModel, pictures: Sequence[Picture], *, request_id: str, timeout_s: float | None = None
     ) -> list[Outcome]:
@@ -196,6 +233,8 @@ class Service:
         done.success += 1
         done.success_ns += int((time.monotonic() - start) * 1e9)
         done.last_ms = int(time.time() * 1000)
+        if self._challenge is not None:
+            self._challenge.offer(model, pictures, outcomes)
         if self.capture is not None:
             self.capture.offer(model, [each for each in outcomes if isinstance(each, Answer)], request_id)
         return outcomes
