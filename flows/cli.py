@@ -260,7 +260,7 @@ def predict(
 )
 def serve(context: typer.Context) -> None:
     """Answer over HTTP with the champion, whichever that is; its own --help tells ports, limits, tokens and TLS."""
-    from deploy.serving.server import main as run_server
+    from deploy.serving.command import main as run_server
 
     is_told = {"--registry", "-h", "--help"} & set(context.args)
     registry = [] if is_told else ["--registry", str(find_workspace(context.obj).registry_dir)]

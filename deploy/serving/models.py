@@ -58,6 +58,7 @@ class Models:
     ) -> None:
         self.name = name
         self.champion: LiveModel | None = None
+        self.challenger: LiveModel | None = None  # compared with the champion, or given a share
         self.problem: str | None = None  # why the registry's champion is not the one that answers
         self._registry = registry
         self._keep = keep
@@ -72,7 +73,19 @@ class Models:
     @property
     def loaded(self) -> list[LiveModel]:
         """All versions that answer, in the order of their numbers."""
-        return [model for _, model in sorted(self._loaded.items())]
+        return [model for _, model in sorted(self._answering.items())]
+
+    @property
+    def _answering(self) -> dict[int, LiveModel]:
+        return self._loaded if self.challenger is None else {self.challenger.version: self.challenger} | self._loaded
+
+    def add_challenger(self, version: int) -> None:
+        """Loads a version that the champion is compared with, for as long as this server runs.
+
+        Raises:
+            TanukiError: If it cannot answer.
+        """
+        self.challenger = self._of(self._registry.version(version))
 
     def resolve(self, name: str, version: str | None = None) -> LiveModel:
         """The version that a request asks for; the champion where it names none.
@@ -85,7 +98,7 @@ class Models:
         if not version:
             return self.require_champion()
         is_number = version.isascii() and version.isdecimal() and len(version) < 19
-        found = self._loaded.get(int(version)) if is_number else None
+        found = self._answering.get(int(version)) if is_number else None
         if found is None:
             raise RequestError(NOT_FOUND, f"Request for unknown model: '{name}' version {version} is not found")
         return found
@@ -144,7 +157,7 @@ class Models:
 
     def _of(self, version: Version) -> LiveModel:
         """The version, loaded now unless it still is."""
-        kept = self._loaded.get(version.id)
+        kept = self._answering.get(version.id)
         if kept is not None and kept.bundle.digest == version.digest:
             return kept
         start = time.monotonic()
