@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.errors import TanukiError
+from flows.commands import operate
 from flows.workspace import exclusive, find_workspace, track_raw
 from tasks.layout import Layout
 
@@ -519,6 +520,9 @@ def doctor(context: typer.Context, as_json: Json = False) -> None:
             out.print(f"{marks[finding.level]} {finding.subject}: {escape(finding.text)}")
     if any(finding.level == "problem" for finding in findings):
         raise typer.Exit(1)
+
+
+app.add_typer(operate.app)
 
 
 def main() -> None:
