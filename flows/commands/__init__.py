@@ -1,0 +1,1 @@
+"""Commands of `tanuki`, a module a topic; flows/cli.py registers them."""
