@@ -20,6 +20,7 @@ from rich.table import Table
 
 from deploy.errors import TanukiError
 from flows.commands import operate
+from flows.commands.learning import pretrained_app
 from flows.workspace import exclusive, find_workspace, track_raw
 from tasks.layout import Layout
 
@@ -36,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(pretrained_app, name="pretrained")
 out = Console(highlight=False, soft_wrap=True)
 asides = Console(stderr=True, highlight=False, soft_wrap=True)  # what must not stand in a script's JSON
 
@@ -238,12 +240,16 @@ def predict(
     files: Annotated[list[Path], typer.Argument(help="Image files.")],
     top: Annotated[int, typer.Option(help="Labels to show for each.", min=1)] = 3,
     version: Annotated[int | None, typer.Option(help="A version instead of the champion.", min=1)] = None,
+    folder: Annotated[Path | None, typer.Option("--bundle", help="A bundle's folder instead.")] = None,
     as_json: Json = False,
 ) -> None:
     """Classify images with the champion; in a clone that has none, with the model that `dvc pull` brought."""
+    from deploy.bundle import read_bundle
     from deploy.predictor import Predictor
 
-    bundle, number = _bundle_to_ask(find_workspace(context.obj), version)
+    if folder and version:
+        raise typer.BadParameter("Name a version or a bundle's folder, not both.")
+    bundle, number = (read_bundle(folder), None) if folder else _bundle_to_ask(find_workspace(context.obj), version)
     with Predictor(bundle) as predictor:
         answers = predictor.predict_files(files, top_k=top)
     if as_json:
@@ -259,10 +265,16 @@ def predict(
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
-def serve(context: typer.Context) -> None:
-    """Answer over HTTP with the champion, whichever that is; its own --help tells ports, limits, tokens and TLS."""
+def serve(context: typer.Context, folder: Annotated[Path | None, typer.Option("--bundle")] = None) -> None:
+    """Answer over HTTP with the champion, whichever that is, or `--bundle FOLDER`; its --help tells all options."""
     from deploy.serving.command import main as run_server
 
+    if folder:
+        from flows.pretrained import registry_of_one
+
+        with registry_of_one(folder) as registry_dir:
+            run_server(["--registry", str(registry_dir), *context.args], program="tanuki serve")
+        return
     is_told = {"--registry", "-h", "--help"} & set(context.args)
     registry = [] if is_told else ["--registry", str(find_workspace(context.obj).registry_dir)]
     run_server([*registry, *context.args], program="tanuki serve")

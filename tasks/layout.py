@@ -94,6 +94,11 @@ class Layout:
         return self.backbone_dir / "trunk.onnx"
 
     @property
+    def pretrained_bundle_dir(self) -> Path:
+        """A backbone's own classifier as a bundle (`tanuki pretrained export`); no DVC output."""
+        return self.data / "pretrained" / "bundle"
+
+    @property
     def features_dir(self) -> Path:
         """The feature store, content-addressed and append-only."""
         return self.data / "features"
