@@ -6,11 +6,12 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from hashlib import sha256
 
 from deploy.machine import available_cores
 from deploy.registry import Registry
-from deploy.serving.batcher import Answer, Batcher, BatchTimes, Outcome, Picture
+from deploy.serving.batcher import Batcher, BatchTimes, Outcome, Picture
 from deploy.serving.capture import Capture
 from deploy.serving.errors import BAD_REQUEST, RequestError, ServingError
 from deploy.serving.live_model import LiveModel
@@ -85,6 +86,8 @@ class Service:
             settings.capture_dir,
             fraction=settings.capture_fraction,
             max_bytes=int(settings.capture_mb * 1e6),
+            max_age=timedelta(days=settings.capture_days),
+            pictures=settings.capture_pictures,
             on_rows=self.metrics.captured,
         )
 
@@ -142,7 +145,7 @@ class Service:
         done.success_ns += int((time.monotonic() - start) * 1e9)
         done.last_ms = int(time.time() * 1000)
         if self.capture is not None:
-            self.capture.offer(model, [each for each in outcomes if isinstance(each, Answer)], request_id)
+            self.capture.offer(model, pictures, outcomes, request_id)
         return outcomes
 
     def _count_batch(self, times: BatchTimes) -> None:

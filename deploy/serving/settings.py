@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
+KEPT_PICTURES = ("none", "thumbnails", "originals")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -38,6 +39,10 @@ class Settings:
     )
     capture_fraction: Annotated[float, "share of the answers that is kept"] = 0.1
     capture_mb: Annotated[float, "the folder's size, 10^6 bytes; above it the oldest files go"] = 256
+    capture_days: Annotated[float, "days after which what was captured goes"] = 30
+    capture_pictures: Annotated[
+        str, "of the pictures: none, thumbnails to look at, or originals to label, as sent, their metadata included"
+    ] = "none"
     notice_s: Annotated[float, "after SIGTERM, not ready any more: seconds in which clients are told to leave"] = 1
     grace_s: Annotated[float, "after that: seconds for what is under way"] = 20
     log_requests: Annotated[bool, "a line for each request, not only for those that fail"] = False
@@ -88,6 +93,8 @@ def _mistakes(settings: Settings) -> list[str]:
     ]
     if (settings.tls_cert is None) != (settings.tls_key is None):
         mistakes.append("--tls-cert and --tls-key go together")
+    if settings.capture_pictures not in KEPT_PICTURES:
+        mistakes.append(f"--capture-pictures must be one of {', '.join(KEPT_PICTURES)}")
     if settings.max_waiting < settings.max_pictures:
         mistakes.append(f"--max-waiting must hold a whole request: at least --max-pictures, {settings.max_pictures}")
     return mistakes
