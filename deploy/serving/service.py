@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from deploy.errors import TanukiError
 from deploy.machine import available_cores
 from deploy.registry import Registry
-from deploy.serving.batcher import Answer, Batcher, BatchTimes, Outcome, Picture
+from deploy.serving.batcher import Batcher, BatchTimes, Outcome, Picture
 from deploy.serving.capture import Capture
 from deploy.serving.comparison import Challenge, reports_of
 from deploy.serving.errors import BAD_REQUEST, RequestError, ServingError
@@ -134,6 +135,8 @@ class Service:
             settings.capture_dir,
             fraction=settings.capture_fraction,
             max_bytes=int(settings.capture_mb * 1e6),
+            max_age=timedelta(days=settings.capture_days),
+            pictures=settings.capture_pictures,
             on_rows=self.metrics.captured,
         )
 
@@ -236,7 +239,7 @@ class Service:
         if self._challenge is not None:
             self._challenge.offer(model, pictures, outcomes)
         if self.capture is not None:
-            self.capture.offer(model, [each for each in outcomes if isinstance(each, Answer)], request_id)
+            self.capture.offer(model, pictures, outcomes, request_id)
         return outcomes
 
     def _count_batch(self, times: BatchTimes) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, get_args, get_type_hints
 SHARE = r"(1(\.0*)?|0?\.\d*[1-9]\d*)"  # above 0, at most 1
 CANARY = re.compile(rf"\d{{1,9}}={SHARE}", re.ASCII)
 SHADOW = re.compile(rf"\d{{1,9}}(={SHARE})?", re.ASCII)
+KEPT_PICTURES = ("none", "thumbnails", "originals")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -62,6 +63,10 @@ class Settings:
     )
     capture_fraction: Annotated[float, "share of the answers that is kept"] = 0.1
     capture_mb: Annotated[float, "the folder's size, 10^6 bytes; above it the oldest files go"] = 256
+    capture_days: Annotated[float, "days after which what was captured goes"] = 30
+    capture_pictures: Annotated[
+        str, "of the pictures: none, thumbnails to look at, or originals to label, as sent, their metadata included"
+    ] = "none"
     notice_s: Annotated[float, "after SIGTERM, not ready any more: seconds in which clients are told to leave"] = 1
     grace_s: Annotated[float, "after that: seconds for what is under way"] = 20
     log_requests: Annotated[bool, "a line for each request, not only for those that fail"] = False
@@ -129,6 +134,8 @@ def _mistakes(settings: Settings) -> list[str]:
         mistakes.append("--canary wants VERSION=SHARE with a share above 0 and at most 1, such as 7=0.1")
     if settings.workers < 1:
         mistakes.append("--workers must be at least 1")
+    if settings.capture_pictures not in KEPT_PICTURES:
+        mistakes.append(f"--capture-pictures must be one of {', '.join(KEPT_PICTURES)}")
     if settings.max_waiting < settings.max_pictures:
         mistakes.append(f"--max-waiting must hold a whole request: at least --max-pictures, {settings.max_pictures}")
     return mistakes
