@@ -47,8 +47,8 @@ class Layout:
 
     @property
     def images_partial(self) -> Path:
-        """What an interrupted index_images had found; not a DVC output."""
-        return self.data / "manifest" / ".images.partial.parquet"
+        """Parts of the manifest that an interrupted index_images had saved; not a DVC output."""
+        return self.data / "manifest" / ".images.partial"
 
     @property
     def accepted(self) -> Path:
