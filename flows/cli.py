@@ -46,6 +46,10 @@ Publish = Annotated[
     bool,
     typer.Option("--publish", envvar="TANUKI_PUBLISH", help="Publish the champion then, like `tanuki publish`."),
 ]
+SigningKey = Annotated[
+    Path | None,
+    typer.Option("--key", envvar="TANUKI_SIGNING_KEY", help="Sign the version that becomes champion with this key."),
+]
 BundleOrVersion = Annotated[
     str, typer.Argument(metavar="BUNDLE|VERSION", help="A bundle's folder, or a version's number.")
 ]
@@ -56,10 +60,16 @@ VersionId = Annotated[int, typer.Argument(help="A number from `tanuki versions`.
 def workspace(
     context: typer.Context,
     root: Annotated[Path, typer.Option(help="The workspace, or a folder in it.", envvar="TANUKI_ROOT")] = Path(),
+    registry: Annotated[
+        str | None,
+        typer.Option(help="Another registry than data/registry: a folder or a URL.", envvar="TANUKI_REGISTRY"),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more while working.")] = False,
 ) -> None:
     """Keeps an image classifier fresh: labelled images in, a better-or-nothing ONNX model out."""
     context.obj = root
+    if registry:
+        os.environ["TANUKI_REGISTRY"] = registry  # where the flows look, in this process and in those it starts
     _configure_logging(verbose)
 
 
@@ -190,13 +200,15 @@ def retrain(
     promote: Annotated[bool, typer.Option(help="Let a model that passes the gate become champion.")] = True,
     sample: Annotated[bool, typer.Option("--sample", help="Lay out the sample set if data/raw is empty.")] = False,
     publish: Publish = False,
+    key: SigningKey = None,
     as_json: Json = False,
 ) -> None:
     """Run every stage that something changed for, put the model before the gate, promote it if it is better."""
     layout = find_workspace(context.obj)
-    _prepare_raw(layout, sample=sample)
     from flows import promotion, reports
 
+    promotion.signing_key(key)
+    _prepare_raw(layout, sample=sample)
     if promotion.is_judged(layout, promote=promote):
         from flows.workspace import stale_stages
 
@@ -211,7 +223,7 @@ def retrain(
     from flows.server import prefect_server
 
     with prefect_server(layout):
-        done = retrain_flow(layout.root, promote=promote, publish=publish)
+        done = retrain_flow(layout.root, promote=promote, publish=publish, key=key)
     if done.published is not None:
         asides.print(escape(done.published.text()))
     summary = reports.summarise(layout, stages=done.stages, verdict=done.verdict)
@@ -261,9 +273,10 @@ def predict(
 def serve(context: typer.Context) -> None:
     """Answer over HTTP with the champion, whichever that is; its own --help tells ports, limits, tokens and TLS."""
     from deploy.serving.server import main as run_server
+    from flows.registries import registry_place
 
     is_told = {"--registry", "-h", "--help"} & set(context.args)
-    registry = [] if is_told else ["--registry", str(find_workspace(context.obj).registry_dir)]
+    registry = [] if is_told else ["--registry", registry_place(find_workspace(context.obj))]
     run_server([*registry, *context.args], program="tanuki serve")
 
 
@@ -276,10 +289,10 @@ def triton(
     storage_uri: Annotated[str | None, typer.Option(help="Where KServe finds it: writes its manifest too.")] = None,
 ) -> None:
     """Write a version as a model repository that Triton serves, and KServe with it."""
-    from deploy.registry import Registry
     from deploy.triton_repository import write_triton_repository
+    from flows.registries import registry_of
 
-    registry = Registry(find_workspace(context.obj).registry_dir)
+    registry = registry_of(find_workspace(context.obj))
     chosen = registry.version(version) if version else registry.require_champion()
     bundle = registry.bundle(chosen.id)
     made = write_triton_repository(folder, bundle, name=name, version=chosen.id, storage_uri=storage_uri)
@@ -322,13 +335,15 @@ def versions(
 
 
 @app.command()
-def promote(context: typer.Context, version: VersionId, reason: Reason, publish: Publish = False) -> None:
+def promote(
+    context: typer.Context, version: VersionId, reason: Reason, publish: Publish = False, key: SigningKey = None
+) -> None:
     """Make a version champion whatever the gate said of it; the reason goes into the history."""
-    from flows.promotion import force
+    from flows.promotion import force, signing_key
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "promote"):
-        out.print(force(layout, version, reason=reason))
+        out.print(force(layout, version, reason=reason, key=signing_key(key)))
     if publish:
         _publish(layout)
 
@@ -417,7 +432,13 @@ def sign(
 ) -> None:
     """Sign a bundle that is whole, so that others can require it with the public key."""
     from deploy.signing import sign_bundle
+    from flows.registries import registry_of
 
+    if what.isdecimal() and not Path(what).is_dir():
+        registry = registry_of(find_workspace(context.obj))
+        signed_by = registry.sign(int(what), key)
+        out.print(f"Version {what} of {escape(registry.place)} is signed by the key {signed_by}.")
+        return
     bundle = _bundle_to_check(context.obj, what)
     folder = bundle.directory.resolve()
     made_in = Layout(folder.parents[1])
@@ -579,9 +600,9 @@ def _bundle_to_ask(layout: Layout, version: int | None) -> "tuple[Bundle, int | 
     The registry is no part of a clone: it is about one place's production. `dvc pull` brings data/bundle.
     """
     from deploy.bundle import read_bundle
-    from deploy.registry import Registry
+    from flows.registries import registry_of
 
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     if version is None and not registry.versions() and layout.bundle_dir.is_dir():
         asides.print("No version is registered here: data/bundle answers, which no gate was asked about.", style="dim")
         return read_bundle(layout.bundle_dir), None
@@ -592,10 +613,10 @@ def _bundle_to_ask(layout: Layout, version: int | None) -> "tuple[Bundle, int | 
 def _bundle_to_check(root: Path, what: str) -> "Bundle":
     """The bundle of a version, or the one in a folder; a folder needs no workspace."""
     from deploy.bundle import read_bundle
-    from deploy.registry import Registry
+    from flows.registries import registry_of
 
     if what.isdecimal() and not Path(what).is_dir():
-        return Registry(find_workspace(root).registry_dir).bundle(int(what))
+        return registry_of(find_workspace(root)).bundle(int(what))
     return read_bundle(Path(what))
 
 

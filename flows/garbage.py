@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.registry import Registry
+from flows.registries import registry_of
 from flows.workspace import WorkspaceError, dvc
 from tasks.data.feature_store import Orphans, Space, drop_orphans
 from tasks.data.manifest import read_manifest
@@ -86,7 +86,7 @@ def collect_garbage(
     needed: defaultdict[Backbone, set[str]] = defaultdict(set)
     if layout.accepted.is_file() and layout.backbone_card.is_file():
         needed[_backbone(layout.backbone_card)] |= _images(layout.accepted)
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     versions = () if keep_last is None else tuple(registry.sweepable(keep_last=keep_last))
     for backbone, images in _needs_of_versions(layout, {*forget, *versions}):
         needed[backbone] |= images
@@ -102,7 +102,7 @@ def collect_garbage(
 
 def _needs_of_versions(layout: Layout, forget: Collection[int]) -> list[tuple[Backbone, set[str]]]:
     """Backbone and images of every version."""
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     versions = [version.id for version in registry.versions() if version.id not in forget]
     if not versions:
         return []

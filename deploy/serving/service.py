@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from pathlib import Path
 
 from deploy.machine import available_cores
-from deploy.registry import Registry
+from deploy.registry import open_registry
 from deploy.serving.batcher import Answer, Batcher, BatchTimes, Outcome, Picture
 from deploy.serving.capture import Capture
 from deploy.serving.errors import BAD_REQUEST, RequestError, ServingError
@@ -37,7 +38,7 @@ class Service:
         self.draining = False
         self.metrics = Metrics(waiting=lambda: self.batcher.waiting, champion=self._champion_version)
         self.models = Models(
-            Registry(settings.registry),
+            open_registry(settings.registry, copy=settings.registry_copy),
             name=settings.name,
             keep=settings.keep,
             on_reload=self.metrics.reload,
@@ -55,7 +56,7 @@ class Service:
         Raises:
             ServingError: If there is no registry, or its champion cannot answer.
         """
-        if not self.settings.registry.is_dir():
+        if "://" not in self.settings.registry and not Path(self.settings.registry).is_dir():
             raise ServingError(
                 f"{self.settings.registry} is no registry: there is no such folder. "
                 "Name it with --registry, or make one with `tanuki retrain`."
