@@ -491,20 +491,35 @@ def collect_garbage(
     context: typer.Context,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what it would free.")] = False,
     forget: Annotated[
-        list[int] | None, typer.Option(help="A version whose features may go; may be given again.", min=1)
+        list[int] | None,
+        typer.Option(help="A version whose features, and data in DVC's cache, may go; may be given again.", min=1),
     ] = None,
     keep_last: Annotated[
         int | None, typer.Option(help="Remove versions never live first, but for so many of the youngest.", min=1)
     ] = None,
+    keep_runs: Annotated[int, typer.Option(help="Days for which Prefect keeps this workspace's runs.", min=0)] = 90,
+    runs: Annotated[bool, typer.Option(help="Look at Prefect's runs too, which takes a server.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Drop the stored features that neither the current images nor a version of the registry needs."""
+    """Drop what neither the workspace, git nor a kept version needs: features, DVC's cache, old runs of Prefect."""
     from flows.garbage import collect_garbage
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "gc"):
         report = collect_garbage(layout, dry_run=dry_run, forget=forget or (), keep_last=keep_last)
-    _print_json(report.as_dict()) if as_json else out.print(escape(report.text()))
+        swept = None
+        if runs:
+            from flows.run_history import sweep_runs
+
+            swept = sweep_runs(layout, older_than_days=keep_runs, dry_run=dry_run)
+    if as_json:
+        _print_json({**report.as_dict(), "runs": None if swept is None else swept.runs})
+        return
+    out.print(escape(report.text()))
+    if swept is not None:
+        out.print(
+            f"{'Would remove' if dry_run else 'Removed'} {swept.runs} runs older than {keep_runs} days from Prefect."
+        )
 
 
 @app.command()

@@ -206,8 +206,13 @@ def kill(registry: SharedRegistry, change: Callable[[SharedRegistry], object], a
     return False
 
 
-@pytest.mark.parametrize("change", ["register", "promote", "rollback", "sweep"])
-@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("change", "stride"),
+    [
+        ("register", 5),
+        *[pytest.param(change, 1, marks=pytest.mark.slow) for change in ("register", "promote", "rollback", "sweep")],
+    ],
+)
 def test_a_kill_before_any_write_leaves_it_whole_and_any_machine_finishes(
     machine, bundles: list[Path], tmp_path: Path, change: str, stride: int
 ) -> None:
