@@ -88,7 +88,11 @@ evaluate = stage_task("evaluate", timeout_s=12 * HOUR_S)
 
 @flow(name="retrain", flow_run_name="retrain", persist_result=False, validate_parameters=False)
 def retrain(
-    root: Path | str = ".", promote: bool = True, publish: bool = False, lease: Lease | None = None
+    root: Path | str = ".",
+    promote: bool = True,
+    publish: bool = False,
+    key: Path | str | None = None,
+    lease: Lease | None = None,
 ) -> Retrained:
     """Brings the model up to date with the data, and the champion up to date with the model if that is better.
 
@@ -96,8 +100,10 @@ def retrain(
         root: The workspace.
         promote: Whether a challenger that passes the gate becomes champion.
         publish: Whether the champion then goes to the DVC remote and to git.
+        key: File of the private key that signs what the gate promotes; $TANUKI_SIGNING_KEY where None.
         lease: A scheduled run's; a run that a person started needs none.
     """
+    private_key = promotion.signing_key(None if key is None else Path(key))
     layout = find_workspace(Path(root))
     with exclusive(layout, "retrain"):
         if publish:
@@ -120,7 +126,7 @@ def retrain(
             export_onnx(layout),
             evaluate(layout),
         ]
-        verdict = judge(layout, promote, lease)
+        verdict = judge(layout, promote, private_key, lease)
         published = publish_champion(layout) if publish and verdict.champion else None
     retrained = Retrained(tuple(state.result() for state in states), verdict, published)
     reports.publish(layout, retrained.stages, verdict)
@@ -128,10 +134,10 @@ def retrain(
 
 
 @task(name="gate", task_run_name="gate", tags=["gate"], cache_policy=NO_CACHE, persist_result=False)
-def judge(layout: Layout, promote: bool, lease: Lease | None) -> promotion.Verdict:
-    """Registers the bundle, puts it before the gate, and promotes it if it passes."""
+def judge(layout: Layout, promote: bool, key: Path | None, lease: Lease | None) -> promotion.Verdict:
+    """Registers the bundle, puts it before the gate, and signs and promotes it if it passes."""
     with lease.at_the_gate() if lease else nullcontext():
-        return promotion.judge(layout, promote=promote)
+        return promotion.judge(layout, promote=promote, key=key)
 
 
 @task(

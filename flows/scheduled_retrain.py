@@ -13,11 +13,11 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from deploy.registry import Registry
 from flows import promotion
 from flows.clones import Snapshot, adopt, borrow_clone, finish, prepare_clone, take_snapshot
 from flows.lease import SupersededError, take_lease
 from flows.promotion import Verdict
+from flows.registries import registry_of
 from flows.retrain import publish_champion, retrain
 from flows.run_log import told
 from flows.workspace import BusyError, exclusive, find_workspace, out_of_date
@@ -79,7 +79,7 @@ def _why_idle(main: Layout, promote: bool) -> str | None:
     if not main.raw.is_dir() or not any(main.raw.iterdir()):
         return f"{main.raw} holds no images yet. `tanuki add FOLDER` copies yours in."
     if promotion.is_judged(main, promote=promote) and not out_of_date(main):
-        champion = Registry(main.registry_dir).champion_id()
+        champion = registry_of(main).champion_id()
         return f"Nothing changed since the last retrain; version {champion} stays champion."
     return None
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.errors import TanukiError
 from deploy.machine import available_cores
-from deploy.registry import Registry
+from deploy.registry import open_registry
 from deploy.serving.batcher import Batcher, BatchTimes, Outcome, Picture
 from deploy.serving.capture import Capture
 from deploy.serving.comparison import Challenge, reports_of
@@ -52,7 +53,7 @@ class Service:
             worker=worker.number if worker else None,
         )
         self.models = Models(
-            Registry(settings.registry),
+            open_registry(settings.registry, copy=settings.registry_copy),
             name=settings.name,
             keep=settings.keep,
             on_reload=self.metrics.reload,
@@ -79,7 +80,7 @@ class Service:
         Raises:
             ServingError: If there is no registry, or its champion cannot answer.
         """
-        if not self.settings.registry.is_dir():
+        if "://" not in self.settings.registry and not Path(self.settings.registry).is_dir():
             raise ServingError(
                 f"{self.settings.registry} is no registry: there is no such folder. "
                 "Name it with --registry, or make one with `tanuki retrain`."

@@ -33,7 +33,10 @@ class Second:
 class Settings:
     """Operation, not learning: Annotated[nothing here changes an answer. See the texts."""
 
-    registry: Annotated[Path, "folder of the registry whose champion answers"]
+    registry: Annotated[str, "folder or URL (s3://bucket/prefix) of the registry whose champion answers"]
+    registry_copy: Annotated[
+        Path | None, "folder for the copy of a registry behind a URL; the user's cache, if not given"
+    ] = None
     name: Annotated[str, "the model's name in the protocol's paths"] = "tanuki"
     host: Annotated[str, "address to listen on; 0.0.0.0 for all"] = "127.0.0.1"
     port: Annotated[int, "port of HTTP; 0 for any free one"] = 8000

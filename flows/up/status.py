@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from deploy.registry import Registry
+from flows.registries import registry_of
 from flows.up.settings import WORK_POOL
 from tasks.layout import Layout
 
@@ -128,7 +128,7 @@ def _worker(facts: dict[str, Any]) -> PartStatus:
 def _model(layout: Layout, facts: dict[str, Any]) -> PartStatus:
     if _get(f"{facts['model']}/v2/health/live") is None:
         return PartStatus("model", False, f"does not answer; see {facts['parts']['model']['log']}")
-    champion = Registry(layout.registry_dir).champion_id()
+    champion = registry_of(layout).champion_id()
     if champion is None:
         return PartStatus("model", True, f"{facts['model']}, no champion yet")
     if _get(f"{facts['model']}/v2/models/tanuki/versions/{champion}/ready") is None:

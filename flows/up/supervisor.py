@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from types import FrameType
 
 from deploy.files import write_json
+from flows.registries import registry_place
 from flows.up.parts import Part, end, ours, runs
 from flows.up.settings import WORK_POOL, UpSettings, check, part_environment
 from flows.up.terminal import Tail, readable
@@ -74,7 +75,7 @@ def make_parts(layout: Layout, settings: UpSettings, environment: Mapping[str, s
     prefect = [sys.executable, "-m", "prefect"]
     server = ["server", "start", "--host", settings.prefect_host, "--port", str(settings.prefect_port)]
     worker = ["worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "box"]
-    model = ["--registry", str(layout.registry_dir), "--host", settings.host, "--port", str(settings.port)]
+    model = ["--registry", registry_place(layout), "--host", settings.host, "--port", str(settings.port)]
     commands = {
         "server": [*prefect, *server],
         "worker": [*prefect, *worker],
