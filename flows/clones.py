@@ -104,6 +104,7 @@ def prepare_clone(main: Layout, clone: Layout, snapshot: Snapshot) -> None:
     git(clone, "read-tree", "--reset", "-u", snapshot.tree)
     git(clone, "clean", "--quiet", "--force", "-d")
     _configure(main, clone)
+    main.registry_dir.mkdir(parents=True, exist_ok=True)
     _link(main.registry_dir, clone.registry_dir)
     _link_weights(main, clone)
     _copy_uncached(main, clone)
@@ -193,7 +194,6 @@ def _link(there: Path, here: Path) -> None:
     if here.is_symlink() and here.readlink() == there:
         return
     here.unlink(missing_ok=True)
-    there.parent.mkdir(parents=True, exist_ok=True)
     here.parent.mkdir(parents=True, exist_ok=True)
     here.symlink_to(there)
 

@@ -3,7 +3,7 @@
     a work pool and the deployments of deploy/prefect.yaml, with their schedules and triggers
     an automation that ends zombie runs: a run that is silent for too long is dead, and would hold its slot for ever
     automations that tell a webhook or an address what was promoted, refused and why, or failed and what to do
-    after a stop: runs that it cut short are crashed (and begun again by a trigger), and of missed runs one is left
+    after a stop: a retrain that it cut short is begun again, and of missed runs one is left
 
 Import it only where this process's environment names the server (flows/up/settings.py): Prefect reads that when it is
 imported.
@@ -55,6 +55,8 @@ QUIET_S = 3600.0  # between two messages that a deployment failed
 CUT_SHORT = (
     "The process of this run is gone: the machine, `tanuki up` or its worker was stopped or killed. Nothing was lost."
 )
+RETRAIN = "retrain"  # the deployment that goes on where a stop cut it short; the others come again soon
+STOPPED, GOING_ON = "Stopped", "going on after a stop"
 MISSED = "Missed while nothing ran here; the last missed run stands in for all."
 
 logger = logging.getLogger(__name__)
@@ -114,16 +116,35 @@ def provision(layout: Layout, settings: UpSettings, environment: Mapping[str, st
 def bury_the_dead() -> list[str]:
     """Marks runs as crashed that the server thinks are under way; call it when no process carries one out.
 
-    A trigger of deploy/prefect.yaml then begins a retrain again.
+    A trigger of deploy/prefect.yaml then begins a retrain again, and whoever wants to know is told.
 
     Returns:
         Their names.
     """
     with get_client(sync_client=True) as client:
-        dead = _runs(client, StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
+        dead = _under_way(client)
         for run in dead:
             client.set_flow_run_state(run.id, Crashed(message=CUT_SHORT), force=True)
     return [run.name for run in dead]
+
+
+def take_up() -> list[str]:
+    """Marks the runs that the last stop cut short, and schedules a retrain among them again; nobody is told.
+
+    Returns:
+        Their names.
+    """
+    with get_client(sync_client=True) as client:
+        cut_short = _under_way(client)
+        retrains = {each.id for each in _deployments(client) if each.name == RETRAIN}
+        for run in cut_short:
+            if run.deployment_id in retrains:
+                # Before the old run is marked: a kill in between makes the same run again, which the key prevents.
+                client.create_flow_run_from_deployment(
+                    run.deployment_id, parameters={"reason": GOING_ON}, idempotency_key=f"after-{run.id}"
+                )
+            client.set_flow_run_state(run.id, Crashed(name=STOPPED, message=CUT_SHORT), force=True)
+    return [run.name for run in cut_short]
 
 
 def drop_missed_runs() -> int:
@@ -273,6 +294,10 @@ def _runs(client: SyncPrefectClient, *states: StateType) -> list[FlowRun]:
     ):
         found += page
     return found
+
+
+def _under_way(client: SyncPrefectClient) -> list[FlowRun]:
+    return _runs(client, StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
 
 
 def _of_our_pool() -> WorkPoolFilter:

@@ -95,6 +95,7 @@ def part_environment(layout: Layout, settings: UpSettings) -> dict[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
         "PREFECT_WORKER_QUERY_SECONDS": "5",
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # on a busy machine SQLite has others wait for longer than 10 s
     }
     own = {
         MARK: str(layout.root),

@@ -90,14 +90,14 @@ def make_parts(layout: Layout, settings: UpSettings, environment: Mapping[str, s
 def _prepare(layout: Layout, settings: UpSettings, environment: Mapping[str, str], say: Say) -> None:
     """Everything between a server that answers and a worker that asks it."""
     os.environ.update(environment)  # Prefect reads it when it is imported
-    from flows.up.provision import bury_the_dead, drop_missed_runs, provision
+    from flows.up.provision import drop_missed_runs, provision, take_up
 
     for folder in (layout.inbox, layout.registry_dir):  # a model server may start before the first retrain
         folder.mkdir(parents=True, exist_ok=True)
     if provision(layout, settings, environment):
         say("server  has the deployments, their schedules and the automations")
-    if dead := bury_the_dead():
-        say(f"server  {len(dead)} runs were cut short by the last stop: {', '.join(dead)}")
+    if stopped := take_up():
+        say(f"server  cut short by the last stop: {', '.join(stopped)}; a retrain goes on")
     if missed := drop_missed_runs():
         say(f"server  {missed} missed runs are dropped; the last one of each schedule stands in for them")
 
@@ -128,7 +128,7 @@ def _bury(layout: Layout, say: Say) -> None:
         logger.warning("the server cannot be told which runs died: %s", error)
         return
     if dead:
-        say(f"worker  {len(dead)} runs died with it: {', '.join(dead)}")
+        say(f"worker  with it died: {', '.join(dead)}")
 
 
 def _how(code: int) -> str:
