@@ -61,7 +61,7 @@ class Captured:
         labels: The most probable class of each.
         probabilities: Of shape (N, C), float32.
         embeddings: Of shape (N, D), float32.
-        pictures: Encoded; None where none was kept, or none was asked for.
+        pictures: Encoded; None where none was kept.
         num_found: How many answers of this bundle there were to choose from.
         num_others: Answers of other bundles in the same time.
     """
@@ -115,7 +115,7 @@ def write_rows(directory: Path, rows: Sequence[CapturedRow], number: int) -> Non
 
 
 def read_captured(
-    directory: Path, *, bundle: str, since: datetime, limit: int, seed: int, with_pictures: bool = False
+    directory: Path, *, bundle: str, since: datetime, limit: int, seed: int, only_with_pictures: bool = False
 ) -> Captured:
     """A random sample of what a bundle answered, in the order of time.
 
@@ -127,13 +127,13 @@ def read_captured(
         since: Earlier answers are left out.
         limit: Rows at most.
         seed: Another one, another sample.
-        with_pictures: Whether pictures are read, and only answers that have one are taken.
+        only_with_pictures: Answers whose picture was not kept are left out.
     """
-    places, num_others = _places(directory, bundle=bundle, since=since, with_pictures=with_pictures)
+    places, num_others = _places(directory, bundle=bundle, since=since, with_pictures=only_with_pictures)
     chosen = np.arange(len(places))
     if len(places) > limit:
         chosen = np.sort(np.random.default_rng(seed).choice(len(places), limit, replace=False))
-    columns = ["time", "request_id", "label", "probabilities", "embedding", *(["picture"] * with_pictures)]
+    columns = ["time", "request_id", "label", "probabilities", "embedding", "picture"]
     rows = _rows([places[index] for index in chosen], columns)
     return Captured(
         times=[row["time"] for row in rows],
@@ -141,7 +141,7 @@ def read_captured(
         labels=[row["label"] for row in rows],
         probabilities=np.array([row["probabilities"] for row in rows], dtype=np.float32),
         embeddings=np.array([row["embedding"] for row in rows], dtype=np.float32),
-        pictures=[row.get("picture") for row in rows],
+        pictures=[row["picture"] for row in rows],
         num_found=len(places),
         num_others=num_others,
     )

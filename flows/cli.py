@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.errors import TanukiError
+from flows.commands import production
 from flows.workspace import exclusive, find_workspace, track_raw
 from tasks.layout import Layout
 
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(production.app)
 out = Console(highlight=False, soft_wrap=True)
 asides = Console(stderr=True, highlight=False, soft_wrap=True)  # what must not stand in a script's JSON
 
