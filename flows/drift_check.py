@@ -217,7 +217,7 @@ def _novel(captured: Captured, comparison: Comparison, number: int) -> list[Nove
             novelty=float(comparison.novelty[place]),
             time=captured.times[row].isoformat(timespec="seconds"),
             request_id=captured.request_ids[row],
-            picture=captured.pictures[row],
+            picture=captured.pictures[row] or captured.thumbnails[row],
         )
         for place, row in zip(places, comparison.window_rows[places], strict=True)
     ]

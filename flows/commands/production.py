@@ -32,3 +32,21 @@ def drift(context: typer.Context, captures: Captures = None, as_json: Json = Fal
     else:
         out.print(escape(report.text()))
         out.print(f"Look at {(layout.drift_dir / 'index.html').relative_to(layout.root)}")
+
+
+@app.command("label-queue")
+def label_queue(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where to; new, or empty.")],
+    number: Annotated[int, typer.Option("--number", "-n", help="Pictures at most.", min=1)] = 100,
+    captures: Captures = None,
+    as_json: Json = False,
+) -> None:
+    """Write the captured pictures that are most worth a label, with a table for `tanuki add` to fill in."""
+    from flows.label_queue import write_label_queue
+
+    report = write_label_queue(find_workspace(context.obj), folder, captures, number=number)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+    else:
+        out.print(escape(report.text()))

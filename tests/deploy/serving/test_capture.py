@@ -103,7 +103,7 @@ def test_pictures_are_kept_as_asked(model: LiveModel, tmp_path: Path) -> None:
     assert sent == photo
     assert drawn is not None
     np.testing.assert_array_equal(decode_image(drawn), pixels)
-    small, _ = read(tmp_path / "thumbnails", model, only_with_pictures=True).pictures
+    small, _ = read(tmp_path / "thumbnails", model).thumbnails
     assert small is not None
     assert decode_image(small).shape == (72, 96, 3)
 
