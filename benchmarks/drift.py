@@ -2,11 +2,12 @@
 
     python -m benchmarks.drift
 
-runs the stages up to the bundle's export without fine-tuning in a temporary workspace, lets the bundle answer the images
-that nobody trained on, and draws windows of them. **False alarms**: each of the 200 windows is drawn together with its
-reference, anew, so that both are of one distribution whatever the images are; the share of alarms must be the level of
-params.yaml. **Detection**: 40 windows of images spoiled by a corruption of tasks/evaluation/robustness.py, blended in by
-a growing strength, and 40 whose class mix is swapped: a share of one half of the classes is replaced by the other half.
+runs the stages up to the bundle's export without fine-tuning in a temporary workspace, lets the bundle answer the
+images that nobody trained on, and draws windows of them. **False alarms**: each of the 200 windows is drawn together
+with its reference, anew, so that both are of one distribution whatever the images are; the share of alarms must be the
+level of params.yaml. **Detection**: 40 windows of images spoiled by a corruption of tasks/evaluation/robustness.py,
+blended in by a growing strength, and 40 whose class mix is swapped: a share of one half of the classes gives way to the
+other half.
 """
 
 import argparse
@@ -54,7 +55,10 @@ def held_out(layout: Layout) -> tuple[list[str], list[NDArray[np.uint8]]]:
 def spoiled(hashes: list[str], images: list[NDArray[np.uint8]], name: str, strength: float) -> list[NDArray[np.uint8]]:
     """The images, so much of the way to their corruption."""
     worst = [corrupted(Image.fromarray(each), name, key=key) for key, each in zip(hashes, images, strict=True)]
-    return [np.rint(one + strength * (other - one.astype(float))).astype(np.uint8) for one, other in zip(images, worst)]
+    return [
+        np.rint(one + strength * (other - one.astype(float))).astype(np.uint8)
+        for one, other in zip(images, worst, strict=True)
+    ]
 
 
 def answers_of(predictor: Predictor, images: list[NDArray[np.uint8]]) -> Answers:

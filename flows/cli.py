@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.errors import TanukiError
+from deploy.json_log import JsonFormatter
 from flows.commands import production
 from flows.workspace import exclusive, find_workspace, track_raw
 from tasks.layout import Layout
@@ -197,14 +199,16 @@ def retrain(
     """Run every stage that something changed for, put the model before the gate, promote it if it is better."""
     layout = find_workspace(context.obj)
     _prepare_raw(layout, sample=sample)
-    from flows import promotion, reports
+    from flows import promotion, reports, run_metrics
 
+    start = time.time()
     if promotion.is_judged(layout, promote=promote):
         from flows.workspace import stale_stages
 
         if not stale_stages(layout):
             if publish:
                 _publish(layout)
+            run_metrics.record_retrain(layout, start=start, end=time.time(), succeeded=True)
             summary = reports.summarise(layout, stages=(), verdict=None)
             _print_json(summary.as_dict()) if as_json else out.print(summary.text())
             return
@@ -552,7 +556,9 @@ def _print_json(value: Any) -> None:
 def _configure_logging(verbose: bool) -> None:
     """Lines of our own code to the terminal; other libraries' warnings only."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    is_json = os.environ.get("TANUKI_LOG_FORMAT") == "json"
+    handler.setFormatter(JsonFormatter() if is_json else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    asides.quiet = is_json
     for room in ("flows", "tasks", "deploy"):
         logger = logging.getLogger(room)
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)

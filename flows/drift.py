@@ -9,6 +9,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.events import emit_event
 
 from flows.drift_check import DriftReport, look_for_drift
+from flows.run_metrics import record_drift
 from flows.workspace import find_workspace
 
 DRIFT_FOUND = "tanuki.drift.found"
@@ -24,6 +25,7 @@ def drift(root: Path | str = ".", captures: Path | str | None = None) -> DriftRe
     """
     layout = find_workspace(Path(root))
     report = look_for_drift(layout, None if captures is None else Path(captures))
+    record_drift(layout, report)
     facts = json.dumps(asdict(report), indent=2, ensure_ascii=False)
     create_markdown_artifact(f"```\n{report.text()}\n```\n\n```json\n{facts}\n```", key="drift", description="Drift")
     page = (layout.drift_dir / "index.html").resolve()

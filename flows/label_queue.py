@@ -88,7 +88,8 @@ def write_label_queue(layout: Layout, folder: Path, captures: Path | None = None
     if not rows:
         raise DataError(
             f"{source} holds no picture of the last {params.drift.window_days:g} days that the champion answered and "
-            "that data/raw has not got. The server keeps them with --capture-dir and --capture-pictures originals."
+            "that data/raw has not got. The server keeps them with --capture-pictures originals; thumbnails are too "
+            "small."
         )
     order = choose_to_label(captured.probabilities[rows], captured.embeddings[rows], number=number, seed=params.seed)
     tiles = []

@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 from prefect.tasks import Task
 
-from flows import promotion, publication, reports
+from flows import promotion, publication, reports, run_metrics
 from flows.validation_artifacts import publish_validation
 from flows.workspace import TEMPORARY_FAILURE, StageError, StageRun, exclusive, find_workspace, reproduce, track_raw
 from tasks.layout import Layout
@@ -94,7 +94,7 @@ def retrain(root: Path | str = ".", promote: bool = True, publish: bool = False)
         publish: Whether the champion then goes to the DVC remote and to git.
     """
     layout = find_workspace(Path(root))
-    with exclusive(layout, "retrain"):
+    with exclusive(layout, "retrain"), run_metrics.recorded(layout):
         if publish:
             publication.check_publishable(layout)
         track_raw(layout)

@@ -188,6 +188,11 @@ class Layout:
         return self.data / "registry"
 
     @property
+    def run_metrics_dir(self) -> Path:
+        """What Prometheus is told of runs (flows/run_metrics.py); beside the versions, where a server finds it."""
+        return self.registry_dir / "metrics"
+
+    @property
     def dvc_lock(self) -> Path:
         """DVC's record of what each stage read and wrote."""
         return self.root / "dvc.lock"

@@ -1,6 +1,7 @@
 """What Prometheus reads. Everything is counted on the event loop."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,6 +17,7 @@ from deploy.serving.batcher import BatchTimes
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 PICTURES = (1, 2, 3, 4, 8, 16)
+MAX_RUN_BYTES = 65_536
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -25,9 +27,11 @@ class Metrics:
     Args:
         waiting: Tells how many pictures wait.
         champion: Tells the version that answers; 0 for none.
+        of_runs: A folder of text files that tell of retrains and the like (flows/run_metrics.py); may be missing.
     """
 
-    def __init__(self, *, waiting: Callable[[], int], champion: Callable[[], int]) -> None:
+    def __init__(self, *, waiting: Callable[[], int], champion: Callable[[], int], of_runs: Path) -> None:
+        self._of_runs = of_runs
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each counter, which nobody reads
         self._registry = registry = CollectorRegistry()
         self._looked_up: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
@@ -89,5 +93,13 @@ class Metrics:
         self._captured.labels(fate).inc(rows)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
-        return generate_latest(self._registry)
+        """All of it, as Prometheus reads it, and what runs have left to be told."""
+        own = generate_latest(self._registry)
+        return b"".join([own, *map(_of_run, sorted(self._of_runs.glob("*.prom")))])
+
+
+def _of_run(path: Path) -> bytes:
+    try:
+        return path.read_bytes() if path.stat().st_size <= MAX_RUN_BYTES else b""
+    except OSError:
+        return b""  # of a metric that is not told, Prometheus makes its own alarm

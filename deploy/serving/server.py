@@ -8,17 +8,16 @@ import ssl
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import orjson
 import uvicorn
 from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from deploy.errors import TanukiError
+from deploy.json_log import JsonFormatter
 from deploy.serving.endpoint import Endpoint
 from deploy.serving.errors import ServingError
 from deploy.serving.openapi import openapi_routes
@@ -36,7 +35,6 @@ SPARE_FILES = 256  # for everything but connections
 KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its side, so that it is the proxy who closes
 MAX_HEAD_BYTES = 65_536
 PIECE_BYTES = 1_048_576
-LOGGED_FACTS = ("request_id", "status", "ms", "host", "port", "grpc_port")
 HEAD_S = 15  # for a client to send its request line and headers
 
 logger = logging.getLogger(__name__)
@@ -236,22 +234,6 @@ def _warn_if_open(settings: Settings) -> None:
     ]
     if lacks:
         logger.warning("others can reach %s, and there is no %s", settings.host, " and no ".join(lacks))
-
-
-class JsonFormatter(logging.Formatter):
-    """A line of JSON for each record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line |= {key: vars(record)[key] for key in LOGGED_FACTS if key in vars(record)}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
 
 
 def configure_logging() -> None:

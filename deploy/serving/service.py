@@ -36,7 +36,11 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.draining = False
-        self.metrics = Metrics(waiting=lambda: self.batcher.waiting, champion=self._champion_version)
+        self.metrics = Metrics(
+            waiting=lambda: self.batcher.waiting,
+            champion=self._champion_version,
+            of_runs=settings.registry / "metrics",
+        )
         self.models = Models(
             Registry(settings.registry),
             name=settings.name,

@@ -24,9 +24,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 def drift(context: typer.Context, captures: Captures = None, as_json: Json = False) -> None:
     """Compare what the server captured with the test images: pictures, predictions, confidence."""
     from flows.drift_check import look_for_drift
+    from flows.run_metrics import record_drift
 
     layout = find_workspace(context.obj)
     report = look_for_drift(layout, captures)
+    record_drift(layout, report)
     if as_json:
         print(json.dumps(asdict(report), indent=2, ensure_ascii=False))
     else:
