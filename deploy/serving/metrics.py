@@ -55,6 +55,8 @@ class Metrics:
         self._pictures = Counter("tanuki_pictures", "Pictures taken up, by version.", ["version"], registry=registry)
         self._reloads = Counter("tanuki_reloads", "New champions, by outcome.", ["outcome"], registry=registry)
         self._captured = Counter("tanuki_captured", "Answers kept for drift, or dropped.", ["fate"], registry=registry)
+        for fate in ("kept", "dropped"):
+            self._captured.labels(fate)
         for outcome in ("swapped", "refused"):
             self._reloads.labels(outcome)
         Gauge("tanuki_waiting_pictures", "Pictures that wait or are worked on.", registry=registry).set_function(
