@@ -1,7 +1,7 @@
 """What a server captured, as files: Parquet in one folder, each whole and never changed, named by when it was written.
 
     time (UTC), request_id, version, bundle (digest), label, probability, probabilities (C), embedding (D),
-    picture (encoded; null where pictures are not kept)
+    picture, thumbnail (encoded; null where they are not kept)
 
 Written by deploy/serving/capture.py; read for drift and for labelling, which take only as many rows as they ask for,
 however much was captured.
@@ -38,7 +38,8 @@ class CapturedRow:
         label: The most probable one.
         probabilities: Of shape (C,), float32.
         embedding: Of shape (D,), float32.
-        picture: Encoded, or None.
+        picture: As it was sent, encoded, or None.
+        thumbnail: Of it, encoded, or None.
     """
 
     time: float
@@ -48,7 +49,8 @@ class CapturedRow:
     label: str
     probabilities: NDArray[np.float32]
     embedding: NDArray[np.float32]
-    picture: bytes | None
+    picture: bytes | None = None
+    thumbnail: bytes | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,8 @@ class Captured:
         labels: The most probable class of each.
         probabilities: Of shape (N, C), float32.
         embeddings: Of shape (N, D), float32.
-        pictures: Encoded; None where none was kept, or none was asked for.
+        pictures: As they were sent, encoded; None where none was kept.
+        thumbnails: The same.
         num_found: How many answers of this bundle there were to choose from.
         num_others: Answers of other bundles in the same time.
     """
@@ -72,6 +75,7 @@ class Captured:
     probabilities: NDArray[np.float32]
     embeddings: NDArray[np.float32]
     pictures: list[bytes | None]
+    thumbnails: list[bytes | None]
     num_found: int
     num_others: int
 
@@ -107,6 +111,7 @@ def write_rows(directory: Path, rows: Sequence[CapturedRow], number: int) -> Non
         "probabilities": (numbers, (row.probabilities for row in rows)),
         "embedding": (numbers, (row.embedding for row in rows)),
         "picture": (pa.binary(), (row.picture for row in rows)),
+        "thumbnail": (pa.binary(), (row.thumbnail for row in rows)),
     }
     table = pa.table({name: pa.array(list(values), kind) for name, (kind, values) in columns.items()})
     name = f"{PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S}-{number:06d}.parquet"
@@ -115,7 +120,7 @@ def write_rows(directory: Path, rows: Sequence[CapturedRow], number: int) -> Non
 
 
 def read_captured(
-    directory: Path, *, bundle: str, since: datetime, limit: int, seed: int, with_pictures: bool = False
+    directory: Path, *, bundle: str, since: datetime, limit: int, seed: int, only_with_pictures: bool = False
 ) -> Captured:
     """A random sample of what a bundle answered, in the order of time.
 
@@ -127,13 +132,13 @@ def read_captured(
         since: Earlier answers are left out.
         limit: Rows at most.
         seed: Another one, another sample.
-        with_pictures: Whether pictures are read, and only answers that have one are taken.
+        only_with_pictures: Answers whose picture was not kept are left out.
     """
-    places, num_others = _places(directory, bundle=bundle, since=since, with_pictures=with_pictures)
+    places, num_others = _places(directory, bundle=bundle, since=since, with_pictures=only_with_pictures)
     chosen = np.arange(len(places))
     if len(places) > limit:
         chosen = np.sort(np.random.default_rng(seed).choice(len(places), limit, replace=False))
-    columns = ["time", "request_id", "label", "probabilities", "embedding", *(["picture"] * with_pictures)]
+    columns = ["time", "request_id", "label", "probabilities", "embedding", "picture", "thumbnail"]
     rows = _rows([places[index] for index in chosen], columns)
     return Captured(
         times=[row["time"] for row in rows],
@@ -141,7 +146,8 @@ def read_captured(
         labels=[row["label"] for row in rows],
         probabilities=np.array([row["probabilities"] for row in rows], dtype=np.float32),
         embeddings=np.array([row["embedding"] for row in rows], dtype=np.float32),
-        pictures=[row.get("picture") for row in rows],
+        pictures=[row["picture"] for row in rows],
+        thumbnails=[row["thumbnail"] for row in rows],
         num_found=len(places),
         num_others=num_others,
     )

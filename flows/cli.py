@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.errors import TanukiError
-from flows.commands import operate
+from deploy.json_log import JsonFormatter
+from flows.commands import operate, production
 from flows.commands.learning import pretrained_app
 from flows.workspace import exclusive, find_workspace, track_raw
 from tasks.layout import Layout
@@ -38,6 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(pretrained_app, name="pretrained")
+app.add_typer(production.app)
 out = Console(highlight=False, soft_wrap=True)
 asides = Console(stderr=True, highlight=False, soft_wrap=True)  # what must not stand in a script's JSON
 
@@ -208,16 +211,18 @@ def retrain(
 ) -> None:
     """Run every stage that something changed for, put the model before the gate, promote it if it is better."""
     layout = find_workspace(context.obj)
-    from flows import promotion, reports
+    from flows import promotion, reports, run_metrics
 
     promotion.signing_key(key)
     _prepare_raw(layout, sample=sample)
+    start = time.time()
     if promotion.is_judged(layout, promote=promote):
         from flows.workspace import stale_stages
 
         if not stale_stages(layout):
             if publish:
                 _publish(layout)
+            run_metrics.record_retrain(layout, start=start, end=time.time(), succeeded=True)
             summary = reports.summarise(layout, stages=(), verdict=None)
             _print_json(summary.as_dict()) if as_json else out.print(summary.text())
             return
@@ -602,7 +607,9 @@ def _print_json(value: Any) -> None:
 def _configure_logging(verbose: bool) -> None:
     """Lines of our own code to the terminal; other libraries' warnings only."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    is_json = os.environ.get("TANUKI_LOG_FORMAT") == "json"
+    handler.setFormatter(JsonFormatter() if is_json else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    asides.quiet = is_json
     for room in ("flows", "tasks", "deploy"):
         logger = logging.getLogger(room)
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 from prefect.tasks import Task
 
-from flows import promotion, publication, reports
+from flows import promotion, publication, reports, run_metrics
 from flows.lease import Lease
 from flows.validation_artifacts import publish_validation
 from flows.workspace import TEMPORARY_FAILURE, StageError, StageRun, exclusive, find_workspace, reproduce, track_raw
@@ -105,7 +105,7 @@ def retrain(
     """
     private_key = promotion.signing_key(None if key is None else Path(key))
     layout = find_workspace(Path(root))
-    with exclusive(layout, "retrain"):
+    with exclusive(layout, "retrain"), run_metrics.recorded(layout):
         if publish:
             publication.check_publishable(layout)
         track_raw(layout)

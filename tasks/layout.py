@@ -178,9 +178,24 @@ class Layout:
         return self.reports_dir / "suspects" / "suspects.png"
 
     @property
+    def drift_dir(self) -> Path:
+        """The last look for drift: drift.json for scripts, index.html for people; no DVC output."""
+        return self.reports_dir / "drift"
+
+    @property
+    def captures_dir(self) -> Path:
+        """Where `tanuki drift` looks for what a server captured, unless told otherwise."""
+        return self.data / "captures"
+
+    @property
     def registry_dir(self) -> Path:
         """Immutable model versions and the champion pointer. DVC never touches it."""
         return self.data / "registry"
+
+    @property
+    def run_metrics_dir(self) -> Path:
+        """What Prometheus is told of runs (flows/run_metrics.py); beside the versions, where a server finds it."""
+        return self.registry_dir / "metrics"
 
     @property
     def dvc_lock(self) -> Path:

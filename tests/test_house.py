@@ -77,6 +77,8 @@ def test_flows_use_of_tasks_only_what_needs_no_torch(imports) -> None:
     allowed |= {"tasks.evaluation.page"}  # the gate's decision as HTML
     # which stored features something needs (flows.garbage)
     allowed |= {"tasks.data.feature_store", "tasks.data.manifest", "tasks.models.backbone_card"}
+    # what production sees beside the test images (flows.drift_check), and what of it to label
+    allowed |= {"tasks.drift.compare", "tasks.drift.page", "tasks.drift.selection", "tasks.data.contact_sheet"}
     flows = {module for module in imports.modules if module.startswith("flows")}
     used = {
         to for module in flows for to in imports.find_modules_directly_imported_by(module) if to.startswith("tasks")

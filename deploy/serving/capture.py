@@ -153,7 +153,7 @@ class Capture:
                 if row is not None:
                     self._count(-row.num_bytes)
                     rows.append(self._finished(row))
-                    num_bytes += len(rows[-1].picture or b"")
+                    num_bytes += len(rows[-1].picture or rows[-1].thumbnail or b"")
             except queue.Empty:
                 pass
             is_full = len(rows) >= FILE_ROWS or num_bytes >= FILE_BYTES
@@ -172,7 +172,8 @@ class Capture:
             label=row.bundle.labels[best],
             probabilities=row.answer.probabilities,
             embedding=row.answer.embedding,
-            picture=None if row.picture is None else _kept(row.picture, self._pictures),
+            picture=_original(row.picture) if row.picture is not None and self._pictures == "originals" else None,
+            thumbnail=_thumbnail(row.picture) if row.picture is not None and self._pictures == "thumbnails" else None,
         )
 
     def _write(self, rows: list[CapturedRow]) -> None:
@@ -210,16 +211,20 @@ class Capture:
             excess -= size
 
 
-def _kept(picture: Picture, pictures: str) -> bytes | None:
-    """What is kept of a picture that was answered; None where it is too large."""
-    if pictures == "originals" and isinstance(picture, bytes):
-        return picture if len(picture) <= MAX_PICTURE_BYTES else None
-    # It was decoded before, within the server's limits.
+def _original(picture: Picture) -> bytes | None:
+    """The bytes as sent, or pixels without loss; None where that is too large."""
+    data = picture if isinstance(picture, bytes) else _encoded(Image.fromarray(picture), "PNG")
+    return data if len(data) <= MAX_PICTURE_BYTES else None
+
+
+def _thumbnail(picture: Picture) -> bytes:
+    """A small one of a picture that was answered, so can be decoded within the server's limits."""
     image = Image.fromarray(decode_image(picture) if isinstance(picture, bytes) else picture)
-    encoded = io.BytesIO()
-    if pictures == "originals":  # of pixels: without loss
-        image.save(encoded, "PNG")
-        return encoded.getvalue() if encoded.tell() <= MAX_PICTURE_BYTES else None
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    image.save(encoded, "JPEG", quality=JPEG_QUALITY)
-    return encoded.getvalue()
+    return _encoded(image, "JPEG")
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind, quality=JPEG_QUALITY)
+    return data.getvalue()

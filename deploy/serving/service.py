@@ -180,7 +180,8 @@ class Service:
 
     async def metrics_text(self) -> bytes:
         """What Prometheus reads, of all processes."""
-        return metrics_text(await self._of_all("metrics"))
+        of_runs = Path(self.settings.registry) / "metrics"  # none where the registry is behind a URL
+        return metrics_text(await self._of_all("metrics"), of_runs=of_runs)
 
     async def statistics(self, version: str | None = None) -> list[dict[str, Any]]:
         """What each version did, in all processes, in Triton's terms; of one version where it is named."""

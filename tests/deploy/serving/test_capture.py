@@ -99,11 +99,11 @@ def test_pictures_are_kept_as_asked(model: LiveModel, tmp_path: Path) -> None:
         capture = start_capture(tmp_path / pictures, Counter(), pictures=pictures, max_bytes=10**8)
         capture.offer(model, [photo, pixels, b"no picture"], [answer(0), answer(1), ImageError("no")], "r")
         capture.close()
-    sent, drawn = read(tmp_path / "originals", model, with_pictures=True).pictures
+    sent, drawn = read(tmp_path / "originals", model, only_with_pictures=True).pictures
     assert sent == photo
     assert drawn is not None
     np.testing.assert_array_equal(decode_image(drawn), pixels)
-    small, _ = read(tmp_path / "thumbnails", model, with_pictures=True).pictures
+    small, _ = read(tmp_path / "thumbnails", model).thumbnails
     assert small is not None
     assert decode_image(small).shape == (72, 96, 3)
 
