@@ -127,10 +127,13 @@ _CLASSES: dict[str, Callable[["pd.DataFrame", Expectation], str]] = {
         "Nobody can learn a class without an example. Add images of it to train (more images, where splits are not "
         "given by folders), or remove it from val and test."
     ),
-    "in val": lambda rows, _: f"{_classes(rows['label'])} no image in val: {listed(list(rows['label']))}.",
+    "in val": lambda rows, _: (
+        f"{_classes(rows['label'])} no image in val, so fine-tuning is judged without them: "
+        f"{listed(list(rows['label']))}. {_SPLIT_REMEDY.format(split='val')}"
+    ),
     "in test": lambda rows, _: (
         f"{_classes(rows['label'])} no image in test, so nothing will be known of their accuracy: "
-        f"{listed(list(rows['label']))}."
+        f"{listed(list(rows['label']))}. {_SPLIT_REMEDY.format(split='test')}"
     ),
     "one spelling": lambda rows, _: (
         f"labels that differ only in case or outer spaces count as different classes: {listed(list(rows['label']))}."

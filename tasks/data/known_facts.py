@@ -56,6 +56,8 @@ class KnownFacts:
 
     def get(self, sha256: str) -> Facts | None:
         """The facts of an image, or None where it was not seen before, or did not decode."""
+        if not len(self):
+            return None
         digest = bytes.fromhex(sha256)
         key = np.frombuffer(digest, ">u8", 1).astype(np.uint64)[0]
         place = int(np.searchsorted(self._records["key"], key))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from deploy.errors import ImageError
-from deploy.images import decode_image, read_header
+from deploy.images import decode_image, decode_luma, read_header
 
 # File of the dirt pack → upright (height, width), or a piece of the reason why it is refused.
 DIRT = {
@@ -159,6 +159,59 @@ def test_a_jpeg_with_a_damaged_middle_is_refused_though_pillow_would_show_it() -
     data[middle : middle + 40] = b"\xff\xd9" * 20
     with pytest.raises(ImageError):
         decode_image(bytes(data))
+
+
+def luma_of(data: bytes) -> np.ndarray:
+    return np.asarray(Image.fromarray(decode_image(data)).convert("L")).astype(int)
+
+
+@pytest.mark.parametrize("name", [name for name, verdict in DIRT.items() if isinstance(verdict, tuple)])
+def test_luma_is_that_of_the_rgb_pixels_and_comes_with_the_header(dirt: Path, name: str) -> None:
+    data = (dirt / f"pillow_{name}").read_bytes()
+    header, luma = decode_luma(data)
+    assert header == read_header(data)
+    assert (luma.shape, luma.dtype) == (DIRT[name], np.uint8)
+    difference = np.abs(luma - luma_of(data))
+    if header.format not in ("JPEG", "MPO") or header.mode == "CMYK":
+        assert not difference.any()
+    assert difference.mean() < 1  # in a JPEG, where its colours leave what RGB can show
+
+
+@pytest.mark.parametrize("name", [name for name, verdict in DIRT.items() if isinstance(verdict, str)])
+def test_luma_is_refused_for_the_same_reason(dirt: Path, name: str) -> None:
+    data = (dirt / f"pillow_{name}").read_bytes()
+    with pytest.raises(ImageError) as pixels:
+        decode_image(data)
+    with pytest.raises(ImageError) as luma:
+        decode_luma(data)
+    assert str(luma.value) == str(pixels.value)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_luma_is_turned_upright(orientation: int, file_format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(drawn().convert("L"), format=file_format, exif=exif)
+    header, luma = decode_luma(data)
+    assert header == read_header(data)
+    np.testing.assert_allclose(luma.astype(int), luma_of(data), atol=1)
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_any_damage_that_pixels_are_refused_for_luma_is_refused_for(data: st.DataObject) -> None:
+    whole = data.draw(st.sampled_from(SEEDS))
+    broken = bytearray(whole[: data.draw(st.integers(len(whole) // 2, len(whole)))])
+    for _ in range(data.draw(st.integers(0, 3))):
+        broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
+    verdicts = []
+    for decode in (decode_image, lambda each, max_pixels: decode_luma(each, max_pixels=max_pixels)[1]):
+        try:
+            verdicts.append(decode(bytes(broken), max_pixels=1_000_000).shape[:2])
+        except ImageError:
+            verdicts.append(None)
+    assert verdicts[0] == verdicts[1]
 
 
 @settings(max_examples=150)

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -159,15 +161,16 @@ def test_a_version_is_on_the_remote_and_in_git_before_the_inbox_is_emptied(
         steps.secure(layout)
 
 
-def test_a_remote_that_fails_halfway_gets_the_rest_the_next_time(
-    workspace: Workspace, inbox: Path, tmp_path: Path
+@pytest.mark.parametrize("trouble", ["fails halfway", "refuses"])
+def test_a_remote_that_fails_or_refuses_gets_the_rest_the_next_time(
+    workspace: Workspace, inbox: Path, tmp_path: Path, trouble: str
 ) -> None:
     add_remote(workspace, tmp_path / "storage")
-    obstacle = (
-        tmp_path / "storage" / "files" / "md5" / hashlib.md5((inbox / "cat" / "a.png").read_bytes()).hexdigest()[:2]
-    )
+    obstacle = tmp_path / "storage" / "files" / "md5"
+    if trouble == "fails halfway":
+        obstacle /= hashlib.md5((inbox / "cat" / "a.png").read_bytes()).hexdigest()[:2]
     obstacle.parent.mkdir(parents=True)
-    obstacle.write_text("a file, so no folder for the images whose digest begins so")
+    obstacle.write_text("a file, so no folder for the images whose digest begins so, or for any")
     layout = find_workspace(workspace.root)
     before = workspace.run("git", "rev-parse", "HEAD").stdout
     with pytest.raises(WorkspaceError, match=r"storage did not take the images(?s:.*)inbox keeps everything"):
@@ -177,6 +180,32 @@ def test_a_remote_that_fails_halfway_gets_the_rest_the_next_time(
 
     obstacle.unlink()
     _, emptied = ingest(layout, inbox, publish=True)
+    assert (emptied, tree(inbox), missing_in_remote(layout)) == (3, {}, [])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for two small files."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_remote_that_fills_up_gets_the_rest_when_there_is_room(
+    workspace: Workspace, inbox: Path, small_disk: Path
+) -> None:
+    add_remote(workspace, small_disk)
+    layout = find_workspace(workspace.root)
+    with pytest.raises(WorkspaceError, match=r"storage did not take the images(?s:.*)inbox keeps everything"):
+        ingest(layout, inbox)
+    assert set(tree(inbox)) == set(DROPPED)
+
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    _, emptied = ingest(layout, inbox)
     assert (emptied, tree(inbox), missing_in_remote(layout)) == (3, {}, [])
 
 

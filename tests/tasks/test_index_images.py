@@ -4,17 +4,20 @@ import io
 import shutil
 from pathlib import Path
 
+import imagehash
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.fftpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from deploy.files import sha256_bytes
 from tasks import index_images as stage
-from tasks.data.facts import image_facts
+from tasks.data import manifest
+from tasks.data.facts import image_facts, reduced
 from tasks.data.known_facts import KnownFacts
 from tasks.data.manifest import (
     SCHEMA,
@@ -25,6 +28,7 @@ from tasks.data.manifest import (
     rows_to_frame,
     write_manifest,
 )
+from tasks.data.perceptual_hash import hashes, lowest_frequencies
 from tasks.data.splits import SPLITS, assigned_split, hashed_split
 from tasks.errors import DataError
 from tasks.layout import Layout
@@ -145,6 +149,53 @@ def test_blank_pages_are_no_near_duplicates_of_each_other() -> None:
     white, grey = (image_facts(picture(0, flat=value), max_pixels=10**6) for value in (255, 128))
     assert white.group != grey.group
     assert white.sharpness == white.contrast == 0
+
+
+# --- statistics and hash ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(8, 8), (31, 17), (32, 32), (200, 150), (500, 375), (301, 1001)])
+def test_the_hash_is_imagehashs_phash_but_for_what_it_rounds(size: tuple[int, int]) -> None:
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (12, 12), dtype=np.uint8))
+    image = noise.resize(size, Image.Resampling.BICUBIC)
+    small = image.resize((32, 32), Image.Resampling.LANCZOS)  # what ImageHash takes, in whole numbers
+    theirs = scipy.fftpack.dct(scipy.fftpack.dct(np.asarray(small), axis=0), axis=1)[:8, :8]
+    values = np.asarray(image).astype(np.float64)
+    ours = lowest_frequencies(values, height=size[1], width=size[0], factor=1)
+    np.testing.assert_allclose(ours, theirs, atol=0.005 * np.abs(theirs).max())
+    far = np.abs(theirs - np.median(theirs)) > 2 * np.abs(ours - theirs).max()
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(hashes(ours[None])[0]), np.uint8)).reshape(8, 8).astype(bool)
+    assert far.sum() > 40
+    np.testing.assert_array_equal(bits[far], imagehash.phash(image).hash[far])
+
+
+def test_hashes_are_written_as_imagehash_writes_them() -> None:
+    frequencies = np.random.default_rng(0).normal(size=(20, 8, 8))
+    assert hashes(frequencies) == [str(imagehash.ImageHash(each > np.median(each))) for each in frequencies]
+
+
+@pytest.mark.parametrize("factor", [2, 3, 8])
+def test_blocks_stand_for_their_pixels_in_the_hash(factor: int) -> None:
+    noise = Image.fromarray(np.random.default_rng(2).integers(0, 256, (12, 12), dtype=np.uint8))
+    image = noise.resize((250 * factor - 1, 190 * factor - 1), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    sizes = {"height": image.height, "width": image.width}
+    whole = lowest_frequencies(pixels.astype(np.float64), **sizes, factor=1)
+    blocks = lowest_frequencies(reduced(pixels, factor).astype(np.float64), **sizes, factor=factor)
+    np.testing.assert_allclose(blocks, whole, atol=0.002 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (2, 50), (181, 256), (256, 256)])
+def test_statistics_are_those_of_numpy(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    facts = image_facts(buffer.getvalue(), max_pixels=10**6)
+    assert facts.brightness == pytest.approx(pixels.mean())
+    assert facts.contrast == pytest.approx(pixels.std(), abs=1e-9)
+    x = np.pad(pixels, 0).astype(float)
+    laplacian = x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2] + x[1:-1, 2:] - 4 * x[1:-1, 1:-1]
+    assert facts.sharpness == pytest.approx(laplacian.var() if laplacian.size else 0)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -347,6 +398,23 @@ def test_facts_of_another_version_are_not_trusted(layout: Layout) -> None:
     table = pq.read_table(layout.images).replace_schema_metadata({"tanuki.facts_version": "0"})
     pq.write_table(table, layout.images)
     assert index(layout).decoded == 40
+
+
+def test_a_manifest_of_several_groups_is_the_same_rows_and_known_again(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = index(layout)
+    frame = read_manifest(layout.images)
+    layout.images.unlink()
+    for module in (stage, manifest):
+        monkeypatch.setattr(module, "ROWS_PER_GROUP", 7)
+    assert index(layout) == report
+    assert pq.ParquetFile(layout.images).num_row_groups == 6
+    assert read_manifest(layout.images).equals(frame)
+    assert index(layout).reused == 40
+    written = layout.images.read_bytes()
+    write_manifest(layout.images, frame)
+    assert layout.images.read_bytes() == written
 
 
 def test_a_killed_run_goes_on_where_it_stopped(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
