@@ -24,7 +24,9 @@ class Settings:
     threads: Annotated[int | None, "threads that answer; as many as cores may be used, if not given"] = None
     public_key: Annotated[Path | None, "only bundles signed by this key (`tanuki keygen`) answer"] = None
     keep: Annotated[int, "earlier versions that stay loaded and addressable"] = 2
-    watch_s: Annotated[float, "seconds between two looks at the champion pointer"] = 0.5
+    watch_s: Annotated[
+        float, "seconds between two looks at the champion pointer; behind a URL a look is two requests"
+    ] = 0.5
     token_file: Annotated[Path | None, "file of bearer tokens, one a line; anybody may ask, if not given"] = None
     tls_cert: Annotated[Path | None, "certificate chain (PEM); with --tls-key"] = None
     tls_key: Annotated[Path | None, "private key of the certificate (PEM)"] = None
