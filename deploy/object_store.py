@@ -192,7 +192,7 @@ class ObjectStore:
         except (FileNotFoundError, FileExistsError):
             raise
         except Exception as error:  # each file system raises types of its own
-            raise OSError(f"{self.url} does not do what it was asked: {type(error).__name__}: {error}") from error
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
     @staticmethod
     def _each(work: Callable[[Source], Result], items: Sequence[Source]) -> list[Result]:

@@ -218,15 +218,19 @@ class Registry:
         stack = _champion_stack(self.events())
         return stack[-2] if len(stack) > 1 else None
 
-    def gate_uses(self, test_digest: str) -> int:
+    def gate_uses(self, test_digest: str, *, besides: tuple[int, int | None] | None = None) -> int:
         """How many decisions name this test set (their ``test_digest``), those that were only looked at included.
 
         A look that the verdict itself followed is one use with it: it asked the same of the same images.
+
+        Args:
+            test_digest: Of images and labels.
+            besides: A version and the champion it is compared with now: a look at just that is no use before.
         """
         uses = [event for event in self.events() if (event.decision or {}).get("test_digest") == test_digest]
         pairs = [(event.version, (event.decision or {}).get("compared_with")) for event in uses]
         judged = [pair for event, pair in zip(uses, pairs, strict=True) if event.kind != "looked_at"]
-        return len(judged) + len(set(pairs) - set(judged))
+        return len(judged) + len(set(pairs) - {*judged, besides})
 
     def stamp(self) -> tuple[int, ...] | None:
         """What changes when the pointer is replaced, cheap to ask for; None where there is no pointer."""

@@ -108,7 +108,7 @@ class SharedRegistry(Registry):
                     "(for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)."
                 ) from error
             if not self._is_away:
-                logger.warning("%s: going on with what was last seen there", error)
+                logger.warning("%s does not answer (%s): going on with what was last seen there", self.place, error)
             self._is_away = True
 
     def _catch_up(self) -> None:
@@ -121,8 +121,8 @@ class SharedRegistry(Registry):
         self._versions_dir.mkdir(parents=True, exist_ok=True)
         with locked(self.root / ".catching-up"), self._reading():
             known = whole_lines(self._log).splitlines(keepends=True)
-            last, following = self._store.read_all([_event(len(known)), _event(len(known) + 1)])
-            if known and last != known[-1]:
+            *last, following = self._store.read_all(_event(each) for each in (len(known), len(known) + 1) if each)
+            if last != known[-1:]:
                 raise RegistryError(
                     f"{self.place} is not the registry that {self.root} is a copy of: event {len(known)} is another "
                     f"one there. If that is right, delete {self.root}; if not, somebody edited the log."
@@ -222,7 +222,7 @@ class SharedRegistry(Registry):
             return self._store.read_all([_object(version.id, name) for name in names])
         except OSError as error:
             self._is_away = True
-            logger.warning("%s: going on with what is here of version %d", error, version.id)
+            logger.warning("%s does not answer (%s): going on with what is here", self.place, error)
             return [None] * len(names)
 
     # Changing: an event is created where there is none, or not at all.

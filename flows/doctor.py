@@ -16,6 +16,7 @@ from packaging.version import Version
 
 from deploy.errors import TanukiError
 from deploy.machine import available_cores
+from flows.registries import registry_of
 from flows.workspace import WorkspaceError, default_remote, environment, find_workspace, missing_in_remote
 from tasks.layout import Layout
 from tasks.params import load_params
@@ -54,7 +55,18 @@ def examine(start: Path) -> list[Finding]:
         layout = find_workspace(start)
     except TanukiError as error:
         return [*found, Finding("workspace", "problem", str(error))]
-    return [*found, _disk(layout), _params(layout), _dvc(layout), _prefect()]
+    return [*found, _disk(layout), _params(layout), _dvc(layout), _registry(layout), _prefect()]
+
+
+def _registry(layout: Layout) -> Finding:
+    """Whether it can be read, and what it holds."""
+    try:
+        registry = registry_of(layout)
+        champion, number = registry.champion(), len(registry.versions())
+    except TanukiError as error:
+        return Finding("registry", "problem", str(error))
+    now = f"version {champion.id} is champion" if champion else "no champion yet"
+    return Finding("registry", "ok", f"{registry.place}: {number} versions, {now}")
 
 
 def _python() -> Finding:

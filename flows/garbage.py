@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deploy.registry import Registry
 from flows.dvc_cache import CacheSweep, sweep_cache
 from flows.registries import registry_of
 from flows.workspace import WorkspaceError, dvc
@@ -95,13 +96,16 @@ def collect_garbage(
     Raises:
         WorkspaceError: If DVC's cache lacks what tells a version's images or backbone; names all such versions.
         StoreError: If the store is being written or does not tell what it holds.
+        RegistryError: If the registry does not answer: a version that nobody here has seen may need something.
     """
     needed: defaultdict[Backbone, set[str]] = defaultdict(set)
     if layout.accepted.is_file() and layout.backbone_card.is_file():
         needed[_backbone(layout.backbone_card)] |= _images(layout.accepted)
     registry = registry_of(layout)
+    if registry.versions() and not dry_run:
+        registry.repair()  # one behind a URL is up to date after that, or away
     versions = () if keep_last is None else tuple(registry.sweepable(keep_last=keep_last))
-    for backbone, images in _needs_of_versions(layout, {*forget, *versions}):
+    for backbone, images in _needs_of_versions(layout, registry, {*forget, *versions}):
         needed[backbone] |= images
     if versions and keep_last is not None and not dry_run:
         registry.sweep(keep_last=keep_last)
@@ -110,14 +114,13 @@ def collect_garbage(
         return needed.get(Backbone(space.trunk_sha256, space.preprocessing_sha256), set())
 
     orphans = drop_orphans(layout.features_dir, images_of, dry_run=dry_run)
-    kept = _outputs_of_versions(layout, {*forget, *versions})
+    kept = _outputs_of_versions(layout, registry, {*forget, *versions})
     return GarbageReport(dry_run, tuple(orphans), versions, sweep_cache(layout, kept, dry_run=dry_run))
 
 
-def _outputs_of_versions(layout: Layout, forget: Collection[int]) -> dict[int, dict[str, str]]:
+def _outputs_of_versions(layout: Layout, registry: Registry, forget: Collection[int]) -> dict[int, dict[str, str]]:
     """DVC's hash of every output, and of the images, of every version."""
-    registry = registry_of(layout)
-    lineages = {id_.id: registry.registered_lineage(id_.id) for id_ in registry.versions() if id_.id not in forget}
+    lineages = {each.id: registry.registered_lineage(each.id) for each in registry.versions() if each.id not in forget}
     raw = _relative(layout, layout.raw)
     return {
         id_: {**told.get("dvc_outputs", {}), **({raw: told["data_version"]} if told.get("data_version") else {})}
@@ -125,9 +128,8 @@ def _outputs_of_versions(layout: Layout, forget: Collection[int]) -> dict[int, d
     }
 
 
-def _needs_of_versions(layout: Layout, forget: Collection[int]) -> list[tuple[Backbone, set[str]]]:
+def _needs_of_versions(layout: Layout, registry: Registry, forget: Collection[int]) -> list[tuple[Backbone, set[str]]]:
     """Backbone and images of every version."""
-    registry = registry_of(layout)
     versions = [version.id for version in registry.versions() if version.id not in forget]
     if not versions:
         return []

@@ -215,7 +215,7 @@ def _decide(
         before,
         truth=test.truth,
         seed=params.seed,
-        num_uses=registry.gate_uses(test.digest),
+        num_uses=registry.gate_uses(test.digest, besides=(version.id, None if champion is None else champion.id)),
         **{name: getattr(params.gate, name) for name in type(params.gate).model_fields},
     )
     told = {} if champion is None else registry.registered_lineage(champion.id)

@@ -49,7 +49,9 @@ class Settings:
     shadow: Annotated[str | None, "VERSION or VERSION=SHARE: asked behind the champion, compared, not returned"] = None
     canary: Annotated[str | None, "VERSION=SHARE: answers that share of the requests, and is compared"] = None
     keep: Annotated[int, "earlier versions that stay loaded and addressable"] = 2
-    watch_s: Annotated[float, "seconds between two looks at the champion pointer"] = 0.5
+    watch_s: Annotated[
+        float, "seconds between two looks at the champion pointer; behind a URL a look is two requests"
+    ] = 0.5
     token_file: Annotated[Path | None, "file of bearer tokens, one a line; anybody may ask, if not given"] = None
     tls_cert: Annotated[Path | None, "certificate chain (PEM); with --tls-key"] = None
     tls_key: Annotated[Path | None, "private key of the certificate (PEM)"] = None

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from deploy.registry import open_registry
 from tests.conftest import Workspace
+from tests.deploy.tiny_bundle import colour_image, encoded, write_colour_bundle
+from tests.object_stores import BUCKET, s3_on_loopback
 
 pytestmark = pytest.mark.slow
 
@@ -68,28 +71,11 @@ def ssh_remote(tmp_path: Path) -> Iterator[Remote]:
 @pytest.fixture
 def s3_remote(tmp_path: Path) -> Iterator[Remote]:
     """moto's S3 on loopback: the protocol, without Amazon."""
-    if importlib.util.find_spec("moto") is None or importlib.util.find_spec("dvc_s3") is None:
-        pytest.skip("needs the packages moto and dvc-s3")
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        endpoint = f"http://{host}:{port}"
-        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-        client = boto3.client(
-            "s3",
-            endpoint_url=endpoint,
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
-            region_name="us-east-1",
-        )
-        client.create_bucket(Bucket="storage")
-        yield Remote("s3://storage/tanuki", {"endpointurl": endpoint}, keys)
-    finally:
-        server.stop()
+    if importlib.util.find_spec("dvc_s3") is None:
+        pytest.skip("needs the package dvc-s3")
+    with s3_on_loopback() as environment:
+        endpoint = environment.pop("AWS_ENDPOINT_URL")
+        yield Remote(f"s3://{BUCKET}/tanuki", {"endpointurl": endpoint}, environment)
 
 
 def free_port() -> int:
@@ -206,3 +192,37 @@ def test_an_inbox_in_a_bucket_is_taken_in(
     assert (told["added"]["added"], told["emptied"]) == (1, 1)
     bucket.invalidate_cache()
     assert bucket.find("storage/in") == ["storage/in/three/b.png"]
+
+
+def test_every_command_works_with_a_registry_in_a_bucket(
+    workspace: Workspace, s3_remote: Remote, tmp_path: Path, prefect_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{BUCKET}/registry"
+    environment = {**s3_remote.environment, "AWS_ENDPOINT_URL": s3_remote.options["endpointurl"]}
+    for name, value in {**environment, "XDG_CACHE_HOME": str(tmp_path / "trainer")}.items():
+        monkeypatch.setenv(name, value)
+    registry = open_registry(url)
+    for sharpness in (8.0, 4.0):
+        registry.register(write_colour_bundle(tmp_path / str(sharpness), sharpness=sharpness).directory, {})
+    picture = tmp_path / "blue.png"
+    picture.write_bytes(encoded(colour_image("blau")))
+    mine = client(
+        workspace.root, prefect_home, {**environment, "TANUKI_REGISTRY": url, "XDG_CACHE_HOME": str(tmp_path)}
+    )
+    mine.tanuki("promote", "1", "--reason", "first")
+    mine.tanuki("keygen", tmp_path / "key")
+    mine.tanuki("promote", "2", "--reason", "second", "--key", tmp_path / "key")
+    assert "signed by the key" in mine.tanuki("verify", "2", "--public-key", tmp_path / "key.pub").stdout
+    assert json.loads(mine.tanuki("predict", "--json", picture).stdout)[0]["version"] == 2
+    assert "Version 1 is champion again" in mine.tanuki("rollback", "--reason", "bad").stdout
+    told = json.loads(mine.tanuki("versions", "--json").stdout)
+    assert [(row["id"], row["champion"], row["decision"]) for row in told] == [
+        (1, True, "rolled_back"),
+        (2, False, "forced"),
+    ]
+    kinds = [event["kind"] for event in json.loads(mine.tanuki("lineage", "1").stdout)["events"]]
+    assert kinds == ["registered", "forced", "rolled_back"]
+    elsewhere = client(workspace.root, prefect_home, {**environment, "XDG_CACHE_HOME": str(tmp_path / "b")})
+    assert json.loads(elsewhere.tanuki("--registry", url, "versions", "--json").stdout)[0]["champion"]
+    assert "never published" in mine.tanuki("publish").stderr
+    assert not (workspace.root / "data" / "registry").exists()

@@ -12,9 +12,11 @@ import pytest
 from ruamel.yaml import YAML
 
 from deploy.bundle import read_bundle
+from deploy.errors import RegistryError
 from deploy.registry import Registry
 from flows.dvc_cache import sweep_cache
 from flows.garbage import collect_garbage
+from flows.registries import registry_of
 from flows.workspace import WorkspaceError
 from tasks import cache_features
 from tasks.data.feature_store import FeatureStore, drop_orphans, open_store, writing
@@ -202,3 +204,23 @@ def test_a_kill_at_any_step_loses_nothing_that_is_needed(tmp_path: Path, reposit
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 15
+
+
+def test_a_registry_that_does_not_answer_stops_it(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that another machine registered meanwhile may need what would go."""
+    monkeypatch.setenv("TANUKI_REGISTRY", f"memory://{tmp_path.name}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    registry_of(layout).register(write_colour_bundle(layout.bundle_dir).directory, {})
+
+    def away(*_: object, **__: object) -> bytes:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", away)
+    extract(layout)
+    before = sorted(layout.features_dir.rglob("*"))
+    layout.accepted.unlink()
+    with pytest.raises(RegistryError, match=r"cannot be changed: .*no route to host"):
+        collect_garbage(layout, dry_run=False, forget=[1])
+    assert sorted(layout.features_dir.rglob("*")) == before

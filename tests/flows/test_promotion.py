@@ -142,7 +142,8 @@ def test_a_look_without_promotion_counts_as_a_use_of_the_test_images_once(layout
     evaluated(layout, SHARPER)
     assert promotion.judge(layout, promote=False).numbers["num_uses"] == 2
     evaluated(layout, GOOD)
-    assert promotion.judge(layout, promote=True).champion == 2
+    verdict = promotion.judge(layout, promote=True)
+    assert (verdict.champion, verdict.numbers["num_uses"]) == (2, 2)
     assert registry.gate_uses(digest) == 3  # the verdict and the look before it asked the same
 
 

@@ -164,20 +164,23 @@ publish_champion(layout)
 """
 
 
+STEPS = ("push --quiet", "data status", "commit --quiet", "tanuki@v1.0.0 HEAD", "tanuki#prod#1", "--atomic")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("before", ["data status", "commit --quiet", "tanuki@v1.0.0 HEAD", "--atomic"])
-def test_a_kill_anywhere_leaves_nothing_half_published_and_the_next_run_finishes(
-    repository: Path, workspace: Workspace, layout: Layout, tmp_path: Path, before: str
+def test_a_kill_before_each_step_leaves_nothing_half_published_and_the_next_run_goes_on(
+    repository: Path, workspace: Workspace, layout: Layout, tmp_path: Path
 ) -> None:
     environment = {**workspace.environment, "PYTHONPATH": str(repository)}
     command = [sys.executable, "-c", KILLED_AT]
-    killed = subprocess.run(
-        [*command, before], cwd=workspace.root, env=environment, capture_output=True, text=True, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert upstream_tags(workspace, tmp_path) == []
-    told = workspace.run("git", "--git-dir", tmp_path / "upstream.git", "ls-tree", "--name-only", "main").stdout
-    assert "dvc.lock" not in told.split()
+    for before in STEPS:
+        killed = subprocess.run(
+            [*command, before], cwd=workspace.root, env=environment, capture_output=True, text=True, check=False
+        )
+        assert killed.returncode == -signal.SIGKILL, (before, killed.stderr)
+        assert upstream_tags(workspace, tmp_path) == []
+        told = workspace.run("git", "--git-dir", tmp_path / "upstream.git", "ls-tree", "--name-only", "main").stdout
+        assert "dvc.lock" not in told.split()
     subprocess.run([*command, "never"], cwd=workspace.root, env=environment, check=True)
     assert upstream_tags(workspace, tmp_path) == ["tanuki#prod#1", "tanuki@v1.0.0"]
     assert workspace.run("git", "rev-list", "--count", "@{upstream}..HEAD").stdout == "0\n"

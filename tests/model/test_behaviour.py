@@ -31,6 +31,17 @@ def test_images(lived_in: Workspace, first_retrain: dict) -> dict[Path, str]:
     }
 
 
+@pytest.fixture(scope="module")
+def examples(lived_in: Workspace, test_images) -> dict[str, np.ndarray]:
+    """The mean picture (H, W, 3) of each class's training images."""
+    raw = lived_in.root / "data" / "raw"
+    paths = {label: [path for path in (raw / label).iterdir() if path not in test_images] for label in "0123456789"}
+    return {
+        label: np.mean([np.asarray(Image.open(path).convert("RGB")) for path in each], axis=0).astype(np.uint8)
+        for label, each in paths.items()
+    }
+
+
 def answers(predictor: Predictor, pictures: list[bytes]) -> np.ndarray:
     return np.array([answer.top[0][0] for answer in predictor.predict_bytes([("", picture) for picture in pictures])])
 
@@ -76,6 +87,24 @@ def test_every_class_is_found_more_often_than_not(predictor, test_images) -> Non
     truth = np.array(list(test_images.values()))
     assert {label: (found[truth == label] == label).mean() for label in set(truth)}.keys() == set("0123456789")
     assert all((found[truth == label] == label).mean() > 0.5 for label in set(truth))
+
+
+def test_the_plainest_picture_of_each_class_is_named(predictor, examples: dict[str, np.ndarray]) -> None:
+    """Minimum functionality: the mean of a class's training pictures is as plain an example as there is of it."""
+    found = predictor.predict(list(examples.values())).probabilities.argmax(axis=1)
+    assert dict(zip(examples, (predictor.labels[column] for column in found), strict=True)) == {
+        label: label for label in "0123456789"
+    }
+
+
+@pytest.mark.parametrize("change", [{"shade": 0.9}, {"shift": 1}, {"shift": -1}], ids=["darker", "left", "right"])
+def test_a_plain_picture_keeps_its_label_when_it_is_darker_or_moves_a_pixel(predictor, examples, change) -> None:
+    shown = [
+        (np.roll(each, change.get("shift", 0), axis=1) * change.get("shade", 1.0)).astype(np.uint8)
+        for each in examples.values()
+    ]
+    found = predictor.predict(shown).probabilities.argmax(axis=1)
+    assert (np.array([predictor.labels[column] for column in found]) == list(examples)).mean() >= 0.8
 
 
 def test_a_picture_lies_nearer_to_its_own_copy_than_to_any_other(predictor, test_images) -> None:

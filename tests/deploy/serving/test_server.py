@@ -334,6 +334,8 @@ def test_it_starts_without_the_training_packages(registry: Path, tmp_path: Path)
     script = """
 import sys
 import deploy.serving.server
+assert "fsspec" not in sys.modules
+import deploy.shared_registry
 heavy = {"torch", "onnx", "pandas", "pyarrow", "scipy", "prefect", "dvc", "typer", "pydantic", "tasks", "flows"}
 print(sorted(heavy & set(sys.modules)))
 """
