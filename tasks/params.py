@@ -40,6 +40,7 @@ class BackboneParams(Section):
     architecture: str | None
     sha256: str | None
     licence: str | None
+    labels: str | None
     size_px: Annotated[int, Field(ge=16, le=1024)] | None
     crop_fraction: Annotated[float, Field(gt=0, le=1)] | None
     mean: PerChannel | None
@@ -205,6 +206,19 @@ class PretrainParams(Section):
     min_area_fraction: Annotated[float, Field(gt=0, le=1)]
 
 
+class DriftParams(Section):
+    """Comparing what production sees with the test images."""
+
+    window_days: Annotated[float, Field(gt=0)]
+    min_images: Annotated[int, Field(ge=10)]
+    max_images: Annotated[int, Field(ge=10)]
+    reference_images: Annotated[int, Field(ge=10)]
+    level: Annotated[float, Field(gt=0, le=0.5)]
+    permutations: Annotated[int, Field(ge=100)]
+    neighbours: Positive
+    novel_images: Annotated[int, Field(ge=0)]
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -221,6 +235,7 @@ class Params(Section):
     evaluate: EvaluateParams
     gate: GateParams
     pretrain: PretrainParams
+    drift: DriftParams
 
 
 def load_params(path: Path) -> Params:

@@ -77,6 +77,8 @@ def test_flows_use_of_tasks_only_what_needs_no_torch(imports) -> None:
     allowed |= {"tasks.evaluation.page"}  # the gate's decision as HTML
     # which stored features something needs (flows.garbage)
     allowed |= {"tasks.data.feature_store", "tasks.data.manifest", "tasks.models.backbone_card"}
+    # what production sees beside the test images (flows.drift_check), and what of it to label
+    allowed |= {"tasks.drift.compare", "tasks.drift.page", "tasks.drift.selection", "tasks.data.contact_sheet"}
     flows = {module for module in imports.modules if module.startswith("flows")}
     used = {
         to for module in flows for to in imports.find_modules_directly_imported_by(module) if to.startswith("tasks")
@@ -174,6 +176,21 @@ def test_every_make_target_in_the_readme_exists(repository: Path) -> None:
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", (repository / "README.md").read_text(), re.M))
     assert named
     assert named <= targets
+
+
+def test_whoever_imports_onnxruntime_has_turned_its_telemetry_off(repository: Path) -> None:
+    """That is done by deploy.runtime, or by importing what imports it first; type checking imports nothing."""
+    for room in ROOMS:
+        for file in (repository / room).rglob("*.py"):
+            imported = [
+                node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                for node in ast.parse(file.read_text()).body
+                if isinstance(node, ast.ImportFrom | ast.Import)
+            ]
+            ours = [at for at, name in enumerate(imported) if name in ("deploy.runtime", "deploy.predictor")]
+            theirs = [at for at, name in enumerate(imported) if name and name.split(".")[0] == "onnxruntime"]
+            turns_it_off = 'os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")' in file.read_text()
+            assert turns_it_off or not theirs or (ours and ours[0] < theirs[0]), file
 
 
 def test_nothing_is_ever_unpickled(repository: Path) -> None:

@@ -3,39 +3,10 @@
 import logging
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
-
-import orjson
 
 from deploy.errors import TanukiError
+from deploy.json_log import JsonFormatter
 from deploy.serving.settings import parse_settings
-
-LOGGED_FACTS = ("request_id", "status", "ms", "host", "port", "grpc_port")
-
-
-class JsonFormatter(logging.Formatter):
-    """A line of JSON for each record.
-
-    Args:
-        worker: The number of the process, where there are several.
-    """
-
-    def __init__(self, worker: int | None = None) -> None:
-        super().__init__()
-        self._of = {} if worker is None else {"worker": worker}
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            **self._of,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line |= {key: vars(record)[key] for key in LOGGED_FACTS if key in vars(record)}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
 
 
 def configure_logging(worker: int | None = None) -> None:

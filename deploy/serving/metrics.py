@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,6 +20,7 @@ from deploy.serving.batcher import BatchTimes
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 PICTURES = (1, 2, 3, 4, 8, 16)
+MAX_RUN_BYTES = 65_536
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # Name, documentation, type, and samples: name, labels and value.
@@ -59,6 +61,8 @@ class Metrics:
         self._pictures = Counter("tanuki_pictures", "Pictures taken up, by version.", ["version"], registry=registry)
         self._reloads = Counter("tanuki_reloads", "New champions, by outcome.", ["outcome"], registry=registry)
         self._captured = Counter("tanuki_captured", "Answers kept for drift, or dropped.", ["fate"], registry=registry)
+        for fate in ("kept", "dropped"):
+            self._captured.labels(fate)
         pair = ["champion", "challenger"]
         self._compared = Counter(
             "tanuki_compared", "Pictures of two versions, by outcome.", [*pair, "fate"], registry=registry
@@ -138,9 +142,21 @@ class _Collected:
         yield from families.values()
 
 
-def metrics_text(processes: Iterable[Sequence[Family]]) -> bytes:
-    """As Prometheus reads it; series of several processes differ by their label ``worker``.
+def metrics_text(processes: Iterable[Sequence[Family]], *, of_runs: Path) -> bytes:
+    """As Prometheus reads it, and what runs have left to be told; series of processes differ by their label ``worker``.
 
     Counts are not added up: a worker that was replaced begins at 0, and Prometheus sees that in a series of its own.
+
+    Args:
+        processes: What each process counted.
+        of_runs: A folder of text files that tell of retrains and the like (flows/run_metrics.py); may be missing.
     """
-    return generate_latest(_Collected(processes))
+    own = generate_latest(_Collected(processes))
+    return b"".join([own, *map(_of_run, sorted(of_runs.glob("*.prom")))])
+
+
+def _of_run(path: Path) -> bytes:
+    try:
+        return path.read_bytes() if path.stat().st_size <= MAX_RUN_BYTES else b""
+    except OSError:
+        return b""  # of a metric that is not told, Prometheus makes its own alarm

@@ -25,7 +25,6 @@ from deploy.serving.errors import NOT_FOUND, UNAVAILABLE, RequestError
 from deploy.serving.live_model import LiveModel
 from deploy.serving.memory import give_memory_back
 
-POINTER = "champion.json"  # the one file of a registry that a server watches
 RETRY_S = 15.0  # a refused champion is looked at again: the disk may have been away
 NICENESS = 10
 WARM_UP_RUNS = 2
@@ -130,10 +129,9 @@ class Models:
     def _stamp(self) -> tuple[int, ...] | None:
         """What changes when the pointer is replaced."""
         try:
-            stat = (self._registry.root / POINTER).stat()
-        except OSError:
+            return self._registry.stamp()
+        except RegistryError:  # one behind a URL that was never reached: looking closer tells why
             return None
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
     def _follow(self) -> None:
         """Makes the registry's champion the champion here, or says why not."""
@@ -141,7 +139,7 @@ class Models:
             wanted = self._registry.champion()
             if wanted is None:
                 if self.champion is not None:
-                    raise RegistryError(f"{self._registry.root} names no champion any more.")
+                    raise RegistryError(f"{self._registry.place} names no champion any more.")
                 return
             if self.champion is None or self.champion.bundle.digest != wanted.digest:
                 self._swap_in(self._of(wanted))

@@ -7,13 +7,15 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.errors import TanukiError
 from deploy.machine import available_cores
-from deploy.registry import Registry
-from deploy.serving.batcher import Answer, Batcher, BatchTimes, Outcome, Picture
+from deploy.registry import open_registry
+from deploy.serving.batcher import Batcher, BatchTimes, Outcome, Picture
 from deploy.serving.capture import Capture
 from deploy.serving.comparison import Challenge, reports_of
 from deploy.serving.errors import BAD_REQUEST, RequestError, ServingError
@@ -51,7 +53,7 @@ class Service:
             worker=worker.number if worker else None,
         )
         self.models = Models(
-            Registry(settings.registry),
+            open_registry(settings.registry, copy=settings.registry_copy),
             name=settings.name,
             keep=settings.keep,
             on_reload=self.metrics.reload,
@@ -78,7 +80,7 @@ class Service:
         Raises:
             ServingError: If there is no registry, or its champion cannot answer.
         """
-        if not self.settings.registry.is_dir():
+        if "://" not in self.settings.registry and not Path(self.settings.registry).is_dir():
             raise ServingError(
                 f"{self.settings.registry} is no registry: there is no such folder. "
                 "Name it with --registry, or make one with `tanuki retrain`."
@@ -134,6 +136,8 @@ class Service:
             settings.capture_dir,
             fraction=settings.capture_fraction,
             max_bytes=int(settings.capture_mb * 1e6),
+            max_age=timedelta(days=settings.capture_days),
+            pictures=settings.capture_pictures,
             on_rows=self.metrics.captured,
         )
 
@@ -176,7 +180,8 @@ class Service:
 
     async def metrics_text(self) -> bytes:
         """What Prometheus reads, of all processes."""
-        return metrics_text(await self._of_all("metrics"))
+        of_runs = Path(self.settings.registry) / "metrics"  # none where the registry is behind a URL
+        return metrics_text(await self._of_all("metrics"), of_runs=of_runs)
 
     async def statistics(self, version: str | None = None) -> list[dict[str, Any]]:
         """What each version did, in all processes, in Triton's terms; of one version where it is named."""
@@ -236,7 +241,7 @@ class Service:
         if self._challenge is not None:
             self._challenge.offer(model, pictures, outcomes)
         if self.capture is not None:
-            self.capture.offer(model, [each for each in outcomes if isinstance(each, Answer)], request_id)
+            self.capture.offer(model, pictures, outcomes, request_id)
         return outcomes
 
     def _count_batch(self, times: BatchTimes) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, get_args, get_type_hints
 SHARE = r"(1(\.0*)?|0?\.\d*[1-9]\d*)"  # above 0, at most 1
 CANARY = re.compile(rf"\d{{1,9}}={SHARE}", re.ASCII)
 SHADOW = re.compile(rf"\d{{1,9}}(={SHARE})?", re.ASCII)
+KEPT_PICTURES = ("none", "thumbnails", "originals")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -32,7 +33,10 @@ class Second:
 class Settings:
     """Operation, not learning: Annotated[nothing here changes an answer. See the texts."""
 
-    registry: Annotated[Path, "folder of the registry whose champion answers"]
+    registry: Annotated[str, "folder or URL (s3://bucket/prefix) of the registry whose champion answers"]
+    registry_copy: Annotated[
+        Path | None, "folder for the copy of a registry behind a URL; the user's cache, if not given"
+    ] = None
     name: Annotated[str, "the model's name in the protocol's paths"] = "tanuki"
     host: Annotated[str, "address to listen on; 0.0.0.0 for all"] = "127.0.0.1"
     port: Annotated[int, "port of HTTP; 0 for any free one"] = 8000
@@ -62,6 +66,10 @@ class Settings:
     )
     capture_fraction: Annotated[float, "share of the answers that is kept"] = 0.1
     capture_mb: Annotated[float, "the folder's size, 10^6 bytes; above it the oldest files go"] = 256
+    capture_days: Annotated[float, "days after which what was captured goes"] = 30
+    capture_pictures: Annotated[
+        str, "of the pictures: none, thumbnails to look at, or originals to label, as sent, their metadata included"
+    ] = "none"
     notice_s: Annotated[float, "after SIGTERM, not ready any more: seconds in which clients are told to leave"] = 1
     grace_s: Annotated[float, "after that: seconds for what is under way"] = 20
     log_requests: Annotated[bool, "a line for each request, not only for those that fail"] = False
@@ -129,6 +137,8 @@ def _mistakes(settings: Settings) -> list[str]:
         mistakes.append("--canary wants VERSION=SHARE with a share above 0 and at most 1, such as 7=0.1")
     if settings.workers < 1:
         mistakes.append("--workers must be at least 1")
+    if settings.capture_pictures not in KEPT_PICTURES:
+        mistakes.append(f"--capture-pictures must be one of {', '.join(KEPT_PICTURES)}")
     if settings.max_waiting < settings.max_pictures:
         mistakes.append(f"--max-waiting must hold a whole request: at least --max-pictures, {settings.max_pictures}")
     return mistakes

@@ -1,0 +1,1 @@
+"""Commands of `tanuki` by topic: typer in, flow or deploy out."""

@@ -1,0 +1,1 @@
+"""Whether what production sees is still what the model was made for."""
