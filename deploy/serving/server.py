@@ -101,7 +101,8 @@ class Connection(HttpToolsProtocol):
     def _pass_on(self) -> None:
         """Gives the request what came of its body: copied once, and not at all where it came in one read."""
         came = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self.cycle.body = self.cycle.body + came if self.cycle.body else came
+        # Its copy as bytes, which the request gets, is then the very same object.
+        self.cycle.body = self.cycle.body + came if self.cycle.body else came  # type: ignore[assignment]
         self._pieces, self._piece_bytes = [], 0
 
     def connection_lost(self, exc: Exception | None) -> None:
