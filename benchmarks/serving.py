@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving                        # mobilenet_v3_small of random weights at 224 px; needs torch
     python -m benchmarks.serving --registry DIR         # the champion of a registry instead
+    python -m benchmarks.serving --soak 600             # memory at saturation for ten minutes, then 4x overload
 
 prints a markdown table of medians. "share" is the server's answers a second over those of onnxruntime in the window
 before, on as many threads; where the client is another process on the same cores, both cannot reach 1. "CPU" is the
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,7 @@ from deploy.serving.batcher import MAX_BATCH
 from deploy.serving.inference_protocol import pack_bytes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SOAK_CLIENTS = 32
 PAYLOADS = ("pixels", "jpeg", "predict")
 
 
@@ -49,11 +52,13 @@ class Window:
         rate: Answers a second.
         cpu_ms: Processor time of an answer.
         latencies_ms: Of each answer; none for onnxruntime itself.
+        refused: Requests that were told to come again later (429).
     """
 
     rate: float
     cpu_ms: float
     latencies_ms: tuple[float, ...] = ()
+    refused: int = 0
 
 
 def main() -> None:
@@ -69,6 +74,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=(1, 8, 32))
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--soak", type=float, metavar="SECONDS")
+    parser.add_argument("--options", nargs="+", default=(), help="the server's, each as --name=value", metavar="OPTION")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -76,9 +83,53 @@ def main() -> None:
         picture = draw(*arguments.picture)
         for payload in arguments.payloads:
             (folder / payload).write_bytes(request_of(payload, picture))
-        with serving(root, folder) as (port, server):
+        if arguments.soak is not None:
+            print(soak(root, folder, arguments.payloads[0], arguments.soak, arguments.seconds))
+            return
+        with serving(root, folder, *arguments.options) as (port, server):
             rows = measure(root, folder, picture, port, server, arguments)
     print(rows)
+
+
+def soak(root: Path, folder: Path, payload: str, seconds: float, window_s: float) -> str:
+    """Saturation for a while, and then four times what the server can do; what memory and latencies did.
+
+    The overloaded server is asked by four times as many clients as it lets wait, each at its own pace: so often that
+    all of them together ask four times as much as was answered at saturation.
+    """
+    memory: list[float] = []
+    at_rest, many = SOAK_CLIENTS, 4 * SOAK_CLIENTS
+    with serving(root, folder, f"--max-waiting={at_rest}", f"--max-pictures={at_rest}") as (port, server):
+        request = folder / payload
+        asked(request, port, server, at_rest, window_s)
+        until = time.monotonic() + seconds
+        calm: list[Window] = []
+        while time.monotonic() < until:
+            calm.append(asked(request, port, server, at_rest, min(window_s, max(0.1, until - time.monotonic()))))
+            memory.append(server.memory_info().rss / 2**20)
+        rate = statistics.median(window.rate for window in calm)
+        rounds = [
+            (
+                asked(request, port, server, at_rest, 5),
+                asked(request, port, server, many, 5, period_s=many / (4 * rate)),
+            )
+            for _ in range(3)
+        ]
+        after = server.memory_info().rss / 2**20
+    third = max(1, len(memory) // 3)
+    p99 = [
+        [float(np.quantile(window.latencies_ms, 0.99)) for window in windows] for windows in zip(*rounds, strict=True)
+    ]
+    refused = [window.refused / (window.refused + len(window.latencies_ms)) for _, window in rounds]
+    return "\n".join(
+        [
+            f"{sum(len(window.latencies_ms) for window in calm)} answers in {seconds:.0f} s, {rate:.0f} a second",
+            f"memory {statistics.median(memory[:third]):.1f} MiB in the first third, "
+            f"{statistics.median(memory[-third:]):.1f} in the last, {after:.1f} after the overload",
+            f"p99 {statistics.median(p99[0]):.0f} ms with {at_rest} clients; asked four times as much, "
+            f"{statistics.median(p99[1]):.0f} ms of those answered, {statistics.median(refused):.0%} told 429",
+        ]
+    )
 
 
 def measure(
@@ -144,8 +195,10 @@ def raw(predictor: Predictor, picture: bytes, *, seconds: float, with_decoding: 
     return Window(sum(counts) / elapsed, 1e3 * (time.process_time() - cpu) / sum(counts))
 
 
-def asked(request: Path, port: int, server: psutil.Process, clients: int, seconds: float) -> Window:
-    """The server, asked by another process."""
+def asked(
+    request: Path, port: int, server: psutil.Process, clients: int, seconds: float, *, period_s: float = 0
+) -> Window:
+    """The server, asked by another process; each client at most once in a period."""
     command = [
         sys.executable,
         "-m",
@@ -155,41 +208,45 @@ def asked(request: Path, port: int, server: psutil.Process, clients: int, second
         str(port),
         str(clients),
         str(seconds),
+        str(period_s),
     ]
     before = sum(server.cpu_times()[:2])
     said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     cpu = sum(server.cpu_times()[:2]) - before
-    return Window(said["answers"] / said["seconds"], 1e3 * cpu / said["answers"], tuple(said["latencies_ms"]))
+    latencies = tuple(said["latencies_ms"])
+    return Window(len(latencies) / said["seconds"], 1e3 * cpu / max(1, len(latencies)), latencies, said["refused"])
 
 
-def run_client(request: str, port: str, clients: str, seconds: str) -> None:
+def run_client(request: str, port: str, clients: str, seconds: str, period_s: str = "0") -> None:
     """The other process: asks from several connections, the next question as soon as an answer is there."""
     import uvloop
 
     data = Path(request).read_bytes()
     until = time.perf_counter() + float(seconds)
     latencies: list[float] = []
+    askers: list[Asker] = []
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        made = [
-            await loop.create_connection(lambda: Asker(data, until, latencies), "127.0.0.1", int(port))
-            for _ in range(int(clients))
-        ]
-        await asyncio.gather(*(asker.over for _, asker in made))
+        for _ in range(int(clients)):
+            make = partial(Asker, data, until, latencies, float(period_s))
+            askers.append((await loop.create_connection(make, "127.0.0.1", int(port)))[1])
+        await asyncio.gather(*(asker.over for asker in askers))
 
     start = time.perf_counter()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
     elapsed = time.perf_counter() - start
-    print(json.dumps({"answers": len(latencies), "seconds": elapsed, "latencies_ms": latencies}))
+    refused = sum(asker.refused for asker in askers)
+    print(json.dumps({"seconds": elapsed, "latencies_ms": latencies, "refused": refused}))
 
 
 class Asker(asyncio.Protocol):
     """One connection."""
 
-    def __init__(self, request: bytes, until: float, latencies: list[float]) -> None:
-        self._request, self._until, self._latencies = request, until, latencies
+    def __init__(self, request: bytes, until: float, latencies: list[float], period_s: float) -> None:
+        self._request, self._until, self._latencies, self._period_s = request, until, latencies, period_s
+        self.refused = 0
         self.over = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -201,11 +258,18 @@ class Asker(asyncio.Protocol):
         head, separator, body = self._answer.partition(b"\r\n\r\n")
         if not separator or len(body) < int(head.split(b"content-length: ")[1].split(b"\r\n")[0]):
             return
-        if not head.startswith(b"HTTP/1.1 200"):
+        now = time.perf_counter()
+        if head.startswith(b"HTTP/1.1 200"):
+            self._latencies.append(1e3 * (now - self._asked_at))
+        elif head.startswith(b"HTTP/1.1 429"):
+            self.refused += 1
+        else:
             self.over.set_exception(RuntimeError(self._answer.decode()))
             return
-        self._latencies.append(1e3 * (time.perf_counter() - self._asked_at))
-        self._ask()
+        if (pause_s := self._asked_at + self._period_s - now) > 0:
+            asyncio.get_running_loop().call_later(pause_s, self._ask)
+        else:
+            self._ask()
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.over.done():
@@ -238,9 +302,9 @@ def request_of(payload: str, picture: bytes) -> bytes:
 
 
 @contextmanager
-def serving(root: Path, folder: Path) -> Iterator[tuple[int, psutil.Process]]:
+def serving(root: Path, folder: Path, *options: str) -> Iterator[tuple[int, psutil.Process]]:
     """The server in a process of its own; gives its port."""
-    command = [sys.executable, "-m", "deploy.serving", "--registry", str(root), "--port", "0"]
+    command = [sys.executable, "-m", "deploy.serving", "--registry", str(root), "--port", "0", *options]
     log = folder / "server.log"
     start = time.perf_counter()
     with log.open("w") as file:

@@ -8,11 +8,13 @@ very bytes that the client sent. The files: deploy/capture_files.py.
 
 import io
 import logging
+import os
 import queue
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -102,7 +104,7 @@ class Capture:
         self._queue: queue.Queue[_Row | None] = queue.Queue(QUEUE_ROWS)
         self._waiting_bytes = 0
         self._counting = threading.Lock()
-        self._number = 0
+        self._number = os.getpid() * 1_000_000  # workers write into one folder, and at the same second
         self._is_failing = False
         self._make_room()
         self._thread = threading.Thread(target=self._work, name="capture", daemon=True)
@@ -202,7 +204,8 @@ class Capture:
             if written < oldest:
                 path.unlink(missing_ok=True)
             else:
-                left.append((path, path.stat().st_size))
+                with suppress(FileNotFoundError):  # another worker made room
+                    left.append((path, path.stat().st_size))
         excess = sum(size for _, size in left) - self._max_bytes
         for path, size in left[:-1]:
             if excess <= 0:

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from deploy.serving.endpoint import Endpoint
 from deploy.serving.errors import ServingError
 from deploy.serving.listening import listen
+from deploy.serving.memory import share_arenas
 from deploy.serving.openapi import openapi_routes
 from deploy.serving.page_routes import page_routes
 from deploy.serving.predict_routes import predict_routes
@@ -62,6 +63,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._pieces: list[bytes] = []
+        self._piece_bytes = 0
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -84,10 +87,23 @@ class Connection(HttpToolsProtocol):
         """Wakes the request once its body is there, or a large piece of it, and not for every read from the socket."""
         if self.cycle.response_complete:
             return
-        self.cycle.body += body
-        if len(self.cycle.body) > PIECE_BYTES:
+        self._pieces.append(body)
+        self._piece_bytes += len(body)
+        if self._piece_bytes > PIECE_BYTES:
+            self._pass_on()
             self.flow.pause_reading()
             self.cycle.message_event.set()
+
+    def on_message_complete(self) -> None:
+        self._pass_on()
+        super().on_message_complete()
+
+    def _pass_on(self) -> None:
+        """Gives the request what came of its body: copied once, and not at all where it came in one read."""
+        came = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        # Its copy as bytes, which the request gets, is then the very same object.
+        self.cycle.body = self.cycle.body + came if self.cycle.body else came  # type: ignore[assignment]
+        self._pieces, self._piece_bytes = [], 0
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._have_head()
@@ -147,6 +163,7 @@ def serve(settings: Settings, *, worker: "Worker | None" = None) -> None:
     Raises:
         TanukiError: If it cannot start.
     """
+    share_arenas()
     _allow_connections(settings.max_connections)
     # Alone, a port in use is told at once; a worker must not be given connections before it can answer.
     listener = None if worker else listen(settings)

@@ -1,5 +1,9 @@
 """The OpenAPI document names every route, and answers are as it says."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +62,26 @@ def test_mistakes_have_one_form(running: Running) -> None:
             unknown = running.client.request(method, path.format(model="other", version="1"))
             assert 400 <= unknown.status_code < 500
             check(unknown.json(), {"$ref": "#/components/schemas/Error"})
+
+
+@pytest.mark.slow
+def test_no_request_made_from_the_document_gets_an_answer_that_it_does_not_name(
+    running: Running, tmp_path: Path
+) -> None:
+    """Schemathesis: no 5xx, and what is wrong by the document is refused. What the document cannot say is excluded:
+
+    which inputs a model has, and that unload is always refused (positive_data_acceptance).
+    """
+    st = Path(sys.executable).with_name("st")
+    options = (
+        "--max-time 30 -n 30 --seed 1 --exclude-checks positive_data_acceptance --generation-database none --no-color"
+    )
+    command = [st, "run", f"{running.url}/openapi.json", *options.split()]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    tested = re.search(r"(\d+) generated", run.stdout)
+    assert tested is not None
+    assert int(tested[1]) > 200
 
 
 def test_every_route_is_in_the_document(running: Running) -> None:

@@ -8,14 +8,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import onnx
 import pytest
 
+from deploy.bundle import Bundle, read_bundle
+from deploy.errors import BundleError, TanukiError
 from deploy.images import decode_image
 from deploy.predictor import Predictor
 from deploy.registry import Registry, open_registry
+from deploy.serving.models import load
 from deploy.signing import generate_keys, sign_bundle
 from tests.deploy.serving.running import Running, add_version, eventually, make_champion, serving
-from tests.deploy.tiny_bundle import colour_image, encoded, write_colour_bundle
+from tests.deploy.tiny_bundle import colour_image, encoded, seal, write_colour_bundle
 from tests.object_stores import BUCKET, s3_on_loopback
 
 PICTURE = encoded(colour_image("blau"), "JPEG")
@@ -145,6 +149,41 @@ def test_a_damaged_champion_is_refused_and_the_old_one_goes_on(root: Path, tmp_p
         assert "damaged" in told.json()["error"]
         make_champion(root, 3)
         eventually(lambda: answering(running) == "3")
+
+
+class ExchangedMeanwhile(Registry):
+    """A registry on a disk where somebody exchanges a file once it was found whole."""
+
+    def bundle(self, id_: int) -> Bundle:
+        bundle = super().bundle(id_)
+        bundle.back_path.chmod(0o644)
+        bundle.back_path.write_bytes(super().bundle(3).back_path.read_bytes())
+        return bundle
+
+
+def test_a_bundle_that_is_exchanged_while_it_is_loaded_is_not_believed(root: Path) -> None:
+    registry = ExchangedMeanwhile(root)
+    with pytest.raises(TanukiError, match=r"back\.onnx was changed|does not answer as it did"):
+        load(registry, registry.version(2))
+
+
+def test_a_bundle_without_an_embedding_is_refused_and_the_old_one_goes_on(root: Path, tmp_path: Path) -> None:
+    """Its files were put in place by hand, and every digest made to fit."""
+    with serving(root, tmp_path, "--watch-s", "1000") as running:
+        directory = root / "versions" / "2"
+        for name in ("back.onnx", "model.onnx"):
+            graph = onnx.load(directory / name)
+            del graph.graph.output[1]
+            (directory / name).chmod(0o644)
+            onnx.save(graph, directory / name)
+        (directory / "bundle.json").chmod(0o644)
+        seal(directory)
+        with pytest.raises(TanukiError):
+            make_champion(root, 2)
+        assert running.client.post("/v2/repository/models/tanuki/load").status_code == 200
+        assert answering(running) == "1"
+        with pytest.raises(BundleError, match="embedding"):
+            Predictor(read_bundle(directory))
 
 
 def test_where_a_signature_is_required_only_a_signed_version_takes_over(root: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from deploy.registry import Registry
 from deploy.serving.settings import parse_settings
+from tests.conftest import REPOSITORY
 from tests.deploy.serving.running import Running, add_version, eventually, make_champion, serving
 from tests.deploy.tiny_bundle import LABELS, colour_image, encoded
 
@@ -168,6 +169,11 @@ def test_a_picture_is_measured_before_it_is_decoded(running: Running) -> None:
         answer = running.client.post("/predict", content=bomb.getvalue())
         assert answer.status_code == 400
         assert "too large: 12000x12000" in answer.text
+    jpeg = bytearray(encoded(colour_image("blau"), "JPEG"))
+    sizes = jpeg.index(b"\xff\xc0") + 5  # in the frame's header: height, width
+    jpeg[sizes : sizes + 4] = (30_000).to_bytes(2, "big") * 2
+    answer = running.client.post("/predict", content=bytes(jpeg))
+    assert (answer.status_code, "too large: 30000x30000" in answer.text) == (400, True)
     assert running.metric("process_resident_memory_bytes") - before < 40e6
     assert running.client.post("/predict", content=encoded(colour_image("blau", size=(1, 1)))).status_code == 200
 
@@ -341,6 +347,22 @@ print(sorted(heavy & set(sys.modules)))
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_a_clock_that_jumps_costs_nothing(registry: Path, tmp_path: Path) -> None:
+    """Forth and back by a day at each look: what is timed is timed by a clock that only goes on."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import itertools, time\n"
+        "jumps, now = itertools.cycle((86400, -86400, 0)), time.time\n"
+        "time.time = lambda: now() + next(jumps)\n"
+    )
+    options = ("--capture-dir", str(tmp_path / "captured"), "--capture-fraction", "1", "--watch-s", "0.02")
+    with serving(registry, tmp_path, *options, PYTHONPATH=f"{tmp_path}:{REPOSITORY}") as running:
+        for _ in range(20):
+            assert running.client.post("/predict", content=BLUE).status_code == 200
+        assert running.metric("tanuki_request_seconds_sum") < 60
+        assert running.stop() == 0
+    assert len(list((tmp_path / "captured").glob("*.parquet"))) == 1
 
 
 def test_before_the_first_promotion_it_waits_and_says_that_it_is_not_ready(tmp_path: Path) -> None:
