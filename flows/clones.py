@@ -97,12 +97,7 @@ def prepare_clone(main: Layout, clone: Layout, snapshot: Snapshot) -> None:
     unfinished = _unfinished(clone).is_file()
     if not (clone.root / ".git").is_dir() or not _is_clone_of(main, clone):
         shutil.rmtree(clone.root, ignore_errors=True)
-        # --shared borrows the workspace's objects, the uncommitted ones of the snapshot included.
-        git(main, "clone", "--quiet", "--shared", "--no-checkout", str(main.root), str(clone.root))
-    (clone.root / ".git" / "index.lock").unlink(missing_ok=True)  # of a killed git: nobody else works here
-    git(clone, "checkout", "--quiet", "--force", "--detach", snapshot.commit)
-    git(clone, "read-tree", "--reset", "-u", snapshot.tree)
-    git(clone, "clean", "--quiet", "--force", "-d")
+    _bring_files(main, clone, snapshot)
     _configure(main, clone)
     main.registry_dir.mkdir(parents=True, exist_ok=True)
     _link(main.registry_dir, clone.registry_dir)
@@ -114,6 +109,17 @@ def prepare_clone(main: Layout, clone: Layout, snapshot: Snapshot) -> None:
     stages = [each.name for each in read_stages(clone.pipeline) if not (unfinished and _has_features(clone, each))]
     raw = str(clone.raw_pointer.relative_to(clone.root))
     dvc(clone, "checkout", "--quiet", "--force", "--allow-missing", raw, *stages)
+
+
+def scratch_copy(main: Layout, copy: Layout, snapshot: Snapshot) -> None:
+    """The files of a snapshot that git knows, but for the data: a workspace to try something in.
+
+    Raises:
+        WorkspaceError: If git refuses.
+    """
+    _bring_files(main, copy, snapshot)
+    for pointer in (copy.dvc_lock, copy.raw_pointer, copy.raw_changes):
+        pointer.unlink(missing_ok=True)
 
 
 def adopt(main: Layout, clone: Layout, snapshot: Snapshot) -> bool:
@@ -152,6 +158,16 @@ def _has_features(clone: Layout, stage: Stage) -> bool:
 
 def _unfinished(clone: Layout) -> Path:
     return clone.root / ".dvc" / "tmp" / "tanuki-unfinished"
+
+
+def _bring_files(main: Layout, clone: Layout, snapshot: Snapshot) -> None:
+    if not clone.root.is_dir():
+        # --shared borrows the workspace's objects, the uncommitted ones of the snapshot included.
+        git(main, "clone", "--quiet", "--shared", "--no-checkout", str(main.root), str(clone.root))
+    (clone.root / ".git" / "index.lock").unlink(missing_ok=True)  # of a killed git: nobody else works here
+    git(clone, "checkout", "--quiet", "--force", "--detach", snapshot.commit)
+    git(clone, "read-tree", "--reset", "-u", snapshot.tree)
+    git(clone, "clean", "--quiet", "--force", "-d")
 
 
 def _is_clone_of(main: Layout, clone: Layout) -> bool:

@@ -92,11 +92,8 @@ def new_data(layout: Layout, *, min_images: int, min_share: float) -> Signal:
     except DataError:
         seen = set()
     number, share = len(images - seen), len(images - seen) / max(1, len(seen))
-    return Signal(
-        "new-data",
-        max(number / min_images, share / min_share),
-        f"{number:,} new images ({share:.1%} of what was there)",
-    )
+    text = f"{number:,} new images" + (f" ({share:.1%} of what was there)" if seen else ", and no retrain yet")
+    return Signal("new-data", max(number / min_images, share / min_share), text)
 
 
 def new_backbone(layout: Layout) -> Signal:

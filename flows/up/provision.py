@@ -80,6 +80,7 @@ class Occasion:
 
 
 OCCASIONS = (
+    Occasion("tell of breaking dependencies", ("Newest breaks",), "tanuki: the newest dependencies break something"),
     Occasion("tell of promotions", ("Promoted",), "tanuki: a new model answers"),
     Occasion("tell of refusals", ("Refused", "Undecided"), "tanuki: a new model was not promoted"),
     Occasion(

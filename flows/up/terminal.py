@@ -8,7 +8,8 @@ from pathlib import Path
 SERIOUS = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|^Traceback|^\w+(?:\.\w+)*(?:Error|Exception): ")
 PREFECT_LINE = re.compile(r"^(\d\d:\d\d:\d\d)\.\d+ \| (\w+)\s*\| (.*)$")
 OWN_BUSINESS = re.compile(  # Prefect's talk of how it goes about it
-    r"^Worker '|^Flow run '.*' - (Running \d+ deployment|Executing deployment|Deployment step|All deployment|View at)"
+    r"^prefect\.|^Worker '|"
+    r"^Flow run '.*' - (Running \d+ deployment|Executing deployment|Deployment step|All deployment|View at)"
 )
 OF_MODULE = re.compile(r"^(?:flows|tasks|deploy)\.[\w.]+ - ")
 

@@ -70,6 +70,7 @@ def test_a_run_in_a_clone_leaves_the_workspace_as_a_retrain_by_hand_would(main: 
     assert (main.root / "seconds").read_text() == "1"
 
 
+@pytest.mark.slow
 def test_what_is_not_committed_comes_along_and_what_is_gone_does_not(main: Layout) -> None:
     (main.root / "README.md").unlink()
     params = main.params.read_text().replace("seed: 0", "seed: 7")
@@ -83,6 +84,7 @@ def test_what_is_not_committed_comes_along_and_what_is_gone_does_not(main: Layou
     assert counted_images(main) == "20"
 
 
+@pytest.mark.slow
 def test_what_somebody_retrained_meanwhile_stays(main: Layout) -> None:
     with borrow_clone(main) as clone:
         with exclusive(main, "test"):
@@ -130,6 +132,7 @@ def test_two_runs_at_once_get_clones_of_their_own_and_a_kill_frees_one(main: Lay
         assert clone.root.name == "1"
 
 
+@pytest.mark.slow
 def test_a_clone_has_the_workspaces_dvc_settings_and_its_cache(main: Layout, tmp_path: Path) -> None:
     workspace = Workspace(main.root, tmp_path)
     workspace.dvc("remote", "add", "--local", "secret", "https://user:password@example.org")

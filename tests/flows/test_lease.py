@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows.lease import SupersededError, take_lease
@@ -27,6 +27,7 @@ def test_a_run_that_wakes_up_late_changes_nothing(tmp_path: Path) -> None:
         pass
 
 
+@settings(max_examples=20)
 @given(order=st.permutations(range(5)))
 def test_those_admitted_came_in_the_order_of_their_leases(
     tmp_path_factory: pytest.TempPathFactory, order: list[int]

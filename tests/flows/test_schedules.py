@@ -1,0 +1,131 @@
+"""deploy/prefect.yaml and what `tanuki up` makes of it: flows that exist, one at a time, states that are told of."""
+
+import importlib
+import inspect
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel
+from prefect.events import DeploymentTriggerTypes
+from pydantic import TypeAdapter
+from ruamel.yaml import YAML
+
+from deploy.errors import TanukiError
+from flows.canary import bounded, changes
+from flows.clones import Snapshot, scratch_copy
+from flows.scheduled_retrain import STATES
+from flows.signals import RETRAIN_WANTED
+from flows.up.provision import OCCASIONS, RETRAIN, deployment_names, end_zombies
+from flows.up.settings import WORK_POOL, UpSettings, check
+from flows.up.terminal import Tail, readable
+from tasks.layout import Layout
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DECLARED: dict[str, Any] = YAML(typ="safe").load(Layout(REPOSITORY).schedules)
+DEPLOYMENTS = PrefectYamlModel.model_validate(DECLARED).deployments  # Prefect's own loader
+SHORTEST_S = 300  # below that Prefect's automations come a quarter of an hour late (CONTRIBUTING.md)
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda each: str(each.name))
+def test_a_deployment_runs_a_flow_that_takes_its_parameters_one_at_a_time(deployment: DeploymentConfig) -> None:
+    file, name = str(deployment.entrypoint).split(":")
+    flow = getattr(importlib.import_module(file.removesuffix(".py").replace("/", ".")), name)
+    given = set(deployment.parameters) | {
+        key for trigger in deployment.triggers or [] for key in trigger.get("parameters", {})
+    }
+    assert given <= set(inspect.signature(flow.fn).parameters)
+    assert deployment.work_pool is not None
+    assert deployment.work_pool.name == WORK_POOL
+    limit = deployment.concurrency_limit
+    assert not isinstance(limit, int | None)
+    assert (limit.limit, limit.collision_strategy) == (1, "CANCEL_NEW")
+
+
+def test_no_schedule_is_shorter_than_prefects_automations_bear() -> None:
+    intervals = [each["interval"] for one in DECLARED["deployments"] for each in one["schedules"] if "interval" in each]
+    assert intervals
+    assert min(intervals) >= SHORTEST_S
+
+
+def test_triggers_are_prefects_and_have_a_cool_down() -> None:
+    adapter: TypeAdapter[DeploymentTriggerTypes] = TypeAdapter(DeploymentTriggerTypes)
+    found = [adapter.validate_python(each) for one in DEPLOYMENTS for each in one.triggers or []]
+    assert {RETRAIN_WANTED, "prefect.flow-run.Crashed"} == {name for each in found for name in each.expect}
+    assert all(each.within.total_seconds() >= SHORTEST_S for each in found)
+
+
+def test_what_a_retrain_comes_to_is_told_unless_it_is_nothing() -> None:
+    told = {state for occasion in OCCASIONS for state in occasion.states}
+    assert set(STATES.values()) - told == {"Nothing to do"}
+    assert RETRAIN in deployment_names(Layout(REPOSITORY))
+    assert end_zombies().trigger.within.total_seconds() < 120
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (UpSettings(database="postgres://me:secret@host/db"), r"Expected postgresql\+asyncpg"),
+        (UpSettings(notify=("https://example.org", "person@secret.org")), "Address 2 of --notify"),
+    ],
+)
+def test_a_wrong_address_is_refused_without_telling_its_secret(settings: UpSettings, expected: str) -> None:
+    with pytest.raises(TanukiError, match=expected) as refused:
+        check(settings)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "line", "shown"),
+    [
+        ("worker", "03:50:31.649 | INFO    | flows.retrain - [finetune]", "worker  [finetune]"),
+        ("worker", "03:50:31.649 | ERROR   | flows.run_log - no room", "worker  ERROR: no room"),
+        ("worker", "03:50:31.649 | INFO    | Flow run 'x' - View at http://127.0.0.1", None),
+        ("server", "INFO: whatever", None),
+        (
+            "server",
+            "04:16:47.659 | ERROR   | prefect.server - failed",
+            "server  04:16:47.659 | ERROR   | prefect.server - failed",
+        ),
+        ("model", '{"level": "info", "message": "version 1 answers"}', "model   version 1 answers"),
+        ("model", "tanuki: cannot listen", "model   tanuki: cannot listen"),
+    ],
+)
+def test_the_terminal_shows_what_a_person_needs(part: str, line: str, shown: str | None) -> None:
+    assert readable(part, line) == shown
+
+
+def test_a_log_is_followed_by_whole_lines_and_from_its_start_when_begun_anew(tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
+    tail = Tail(log)
+    assert list(tail.new_lines()) == []
+    log.write_text("one\ntwo\nthr")
+    assert list(tail.new_lines()) == ["one", "two"]
+    log.write_text("new\n")
+    assert list(tail.new_lines()) == ["new"]
+
+
+def test_a_canary_knows_what_moved_and_what_is_held_back() -> None:
+    assert changes({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "3", "d": "4"}) == [("b", "2", "3")]
+    held = set(bounded(REPOSITORY / "pyproject.toml"))
+    assert {"fastapi", "sqlalchemy", "torch"} <= held
+    assert "numpy" not in held
+
+
+def test_a_scratch_copy_has_todays_code_and_no_data(tmp_path: Path) -> None:
+    main = Layout(tmp_path / "main")
+    (main.data / "raw").mkdir(parents=True)
+    main.raw_pointer.write_text("outs: []\n")
+    (main.root / "code.py").write_text("old")
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=T", "-c", "user.email=t@t", "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=main.root, check=True)
+    (main.root / "code.py").write_text("new")
+    copy = Layout(tmp_path / "copy")
+    commit, head = (
+        subprocess.run(["git", *words], cwd=main.root, capture_output=True, text=True, check=True).stdout
+        for words in (["rev-parse", "HEAD"], ["stash", "create"])
+    )
+    scratch_copy(main, copy, Snapshot(commit.strip(), head.strip(), None))
+    assert (copy.root / "code.py").read_text() == "new"
+    assert not copy.raw_pointer.exists()
