@@ -5,7 +5,7 @@ READY := .venv/.ready
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup retrain status test test-slow check format lock readme clean
+.PHONY: help setup retrain status test test-slow check audit sbom format lock readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,14 @@ check: $(READY)  ## format, lint, types and import directions
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: $(READY)  ## known vulnerabilities of all packages; asks the network, or ADVISORIES=FOLDER of OSV files instead
+	@if [ -n "$(ADVISORIES)" ]; then $(BIN)/python -m deploy.advisories $(ADVISORIES) requirements.lock requirements-serve.lock; \
+	else $(BIN)/pip-audit --disable-pip --no-deps -r requirements.lock; fi
+
+sbom: $(READY)  ## data/reports/sbom.json: the serving image's packages, as CycloneDX
+	@mkdir -p data/reports
+	@$(BIN)/python -m deploy.sbom requirements-serve.lock data/reports/sbom.json
 
 format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/ruff format .

@@ -7,8 +7,11 @@ deploy's predictor.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # or it tells its makers, and must be told before the import
 
 import numpy as np
 import onnxruntime as ort

@@ -1,6 +1,10 @@
 """onnxruntime sessions, opened one way everywhere: caching, evaluation and serving run on the same settings."""
 
+import os
 from pathlib import Path
+
+# Before the import, which begins to collect, writes an identifier to ~/.cache/Microsoft and sends it from 1.29 on.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 

@@ -144,6 +144,8 @@ def environment() -> dict[str, str]:
         "PATH": path if path.split(os.pathsep)[0] == scripts else scripts + os.pathsep + path,
         "DVC_NO_ANALYTICS": "1",
         "DO_NOT_TRACK": "1",
+        "ORT_DISABLE_TELEMETRY": os.environ.get("ORT_DISABLE_TELEMETRY", "1"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
     }
 
