@@ -208,6 +208,16 @@ def verify_bundle(directory: Path) -> Bundle:
     return bundle
 
 
+def bundle_digests(directory: Path) -> Mapping[str, str]:
+    """The files that bundle.json names, with the digest of each; of a bundle whose other files may not be there yet.
+
+    Raises:
+        BundleError: If it is missing, was edited or is of an unknown format version.
+    """
+    digests: Mapping[str, str] = _read_index(directory)["digests"]
+    return digests
+
+
 def bundle_files(bundle: Bundle) -> list[str]:
     """The files that make up a bundle, as names in its folder; what a copy must hold."""
     signature = [SIGNATURE] if (bundle.directory / SIGNATURE).is_file() else []

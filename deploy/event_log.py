@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from deploy.errors import RegistryError
 from deploy.files import sync_directory
 
-Kind = Literal["registered", "promoted", "forced", "rolled_back", "refused", "undecided", "removed"]
+Kind = Literal["registered", "promoted", "forced", "rolled_back", "refused", "undecided", "looked_at", "removed"]
 KINDS: tuple[str, ...] = get_args(Kind)
 MOVES = ("promoted", "forced", "rolled_back")  # the events after which their version is the champion
 
@@ -52,7 +52,13 @@ def read_events(path: Path) -> list[Event]:
     Raises:
         RegistryError: Naming the line that is no event, or is out of order.
     """
-    return [_event(path, number, line) for number, line in enumerate(whole_lines(path).splitlines(), start=1)]
+    lines = enumerate(whole_lines(path).splitlines(), start=1)
+    return [parse_event(line, number, where=f"{path}, line {number}") for number, line in lines]
+
+
+def event_line(event: Event) -> str:
+    """One event as it stands in the log."""
+    return json.dumps(dataclasses.asdict(event), sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def append_event(path: Path, event: Event) -> None:
@@ -61,7 +67,7 @@ def append_event(path: Path, event: Event) -> None:
     Raises:
         OSError: If it cannot be written, as on a full disk; the log is then as it was.
     """
-    append_lines(path, json.dumps(dataclasses.asdict(event), sort_keys=True, ensure_ascii=False) + "\n")
+    append_lines(path, event_line(event))
 
 
 def append_lines(path: Path, lines: str) -> None:
@@ -93,8 +99,17 @@ def whole_lines(path: Path) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
-def _event(path: Path, number: int, line: bytes) -> Event:
-    """The event of one line, checked: this is where a log that was edited by hand shows."""
+def parse_event(line: bytes, number: int, *, where: str) -> Event:
+    """The event of one line, checked: this is where a log that was edited by hand shows.
+
+    Args:
+        line: What was read.
+        number: Of the event that is expected there.
+        where: It was read, for the message.
+
+    Raises:
+        RegistryError: If it is no event, or another one.
+    """
     try:
         event = Event(**json.loads(line))
         is_whole = (
@@ -109,8 +124,8 @@ def _event(path: Path, number: int, line: bytes) -> Event:
         is_whole = False
     if not is_whole:
         raise RegistryError(
-            f"{path}, line {number} is no event of number {number}: {line[:120].decode(errors='replace')!r}. "
+            f"{where} is no event of number {number}: {line[:120].decode(errors='replace')!r}. "
             "The log was edited or damaged: restore it from a backup, or correct that line "
-            f"(keys {', '.join(field.name for field in dataclasses.fields(Event))}; sequence counts the lines)."
+            f"(keys {', '.join(field.name for field in dataclasses.fields(Event))}; sequence counts the events)."
         )
     return event

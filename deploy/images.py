@@ -1,4 +1,4 @@
-"""Encoded pictures to upright RGB pixels: the only decoder of training, caching, evaluation and serving.
+"""Encoded pictures to upright pixels, RGB or luma: the only decoder of training, caching, evaluation and serving.
 
 JPEG goes through simplejpeg, which gives Pillow's pixels bit for bit in a third of the time; everything else, and a
 JPEG that simplejpeg is unsure about, through Pillow. Nothing here scales, crops or normalises: that is inside the
@@ -6,6 +6,7 @@ model's graph. Safe to call from several threads.
 """
 
 import io
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -30,6 +31,15 @@ FORMATS: Final = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "J
 
 # What libjpeg only warns of although pixels are missing or wrong. Stray bytes, which it also warns of, do no harm.
 JPEG_DAMAGE: Final = ("Premature end", "premature end", "bad Huffman code", "arithmetic code", "instead of RST")
+
+# Formats that Pillow opens in a state from which both header and pixels can be had; others move on to later frames.
+ONE_PASS_FORMATS: Final = frozenset({"PNG", "BMP", "DIB", "PPM", "WEBP"})
+
+# Second bytes of a JPEG's markers.
+STARTS_OF_FRAME: Final = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive; Huffman all
+START_OF_SCAN: Final = 0xDA
+EXIF_OR_XMP: Final = 0xE1
+JPEG_MODES: Final = {1: "L", 3: "RGB"}
 
 ORIENTATION_TAG: Final = 0x0112
 WHITE: Final = (255, 255, 255, 255)
@@ -72,16 +82,42 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     Raises:
         ImageError: If it is no picture that can be decoded in full. A short reason; the caller knows the name.
     """
-    pixels = _decode_plain_jpeg(data, max_pixels)
+    pixels = _decode_plain_jpeg(data, max_pixels, "RGB")
     if pixels is None:
         with _open(data, max_pixels) as image:
             image.load()
             # After load, because TIFF turns itself upright there and drops the tag.
             return np.ascontiguousarray(_upright(_to_rgb(image), _orientation(image)))
     # Pillow's EXIF reader costs more than many a decode: ask it only where there is something to read.
-    if b"Exif\x00\x00" not in data and b"tiff:Orientation" not in data:
+    if _plain_jpeg_header(data) is not None:
         return pixels
     return np.ascontiguousarray(_upright(pixels, read_header(data, max_pixels=max_pixels).exif_orientation))
+
+
+def decode_luma(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[ImageHeader, Pixels]:
+    """What a file says of its picture, and the luma of the first frame as `decode_image` gives it, decoded in full.
+
+    A JPEG holds its luma as it is: chroma is read through but not computed, which saves a fifth to a third of the time.
+    It differs from the luma of the RGB pixels by their rounding, and where those were clipped.
+
+    Returns:
+        The header and uint8 (H, W), upright and contiguous.
+
+    Raises:
+        ImageError: Where `decode_image` would raise one.
+    """
+    stored = _decode_plain_jpeg(data, max_pixels, "GRAY")
+    if stored is not None:
+        header = _plain_jpeg_header(data) or read_header(data, max_pixels=max_pixels)
+        return header, np.ascontiguousarray(_upright(stored, header.exif_orientation)[:, :, 0])
+    with _open(data, max_pixels) as image:
+        if image.format in ONE_PASS_FORMATS:
+            image.load()  # first: what getexif raises while it loads a broken PNG would be lost
+            header = _header(image)
+            luma = _to_luma(image)[:, :, None]
+            return header, np.ascontiguousarray(_upright(luma, header.exif_orientation)[:, :, 0])
+    header = read_header(data, max_pixels=max_pixels)
+    return header, np.asarray(Image.fromarray(decode_image(data, max_pixels=max_pixels)).convert("L"))
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
@@ -91,22 +127,48 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
         ImageError: If it is no picture, or one with more than ``max_pixels``.
     """
     with _open(data, max_pixels) as image:
-        orientation = _orientation(image)
-        # A TIFF already speaks of the upright size.
-        turned = orientation >= 5 and image.format != "TIFF"
-        width, height = reversed(image.size) if turned else image.size
-        return ImageHeader(
-            format=str(image.format),
-            mode=image.mode,
-            width=width,
-            height=height,
-            num_frames=_num_frames(image),
-            exif_orientation=orientation,
-        )
+        return _header(image)
 
 
-def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
-    """RGB as stored (not yet upright), or None where Pillow should look at the file.
+def _header(image: Image.Image) -> ImageHeader:
+    """Of an image that was opened and not yet loaded."""
+    orientation = _orientation(image)
+    # A TIFF already speaks of the upright size.
+    turned = orientation >= 5 and image.format != "TIFF"
+    width, height = reversed(image.size) if turned else image.size
+    return ImageHeader(
+        format=str(image.format),
+        mode=image.mode,
+        width=width,
+        height=height,
+        num_frames=_num_frames(image),
+        exif_orientation=orientation,
+    )
+
+
+def _plain_jpeg_header(data: bytes) -> ImageHeader | None:
+    """What Pillow would say of a JPEG whose segments are few and clear, in a fifth of the time.
+
+    None for all others, and where there may be an orientation (Exif or XMP) or more pictures (MPF) to read.
+    """
+    position, found = 2, None
+    while position + 10 <= len(data) and data[position] == 0xFF:
+        marker, size = data[position + 1], int.from_bytes(data[position + 2 : position + 4])
+        if marker == START_OF_SCAN:
+            return found
+        if marker == EXIF_OR_XMP or data[position + 4 : position + 8] == b"MPF\x00" or size < 2:
+            return None
+        if marker in STARTS_OF_FRAME:
+            depth, height, width, num_components = struct.unpack(">BHHB", data[position + 4 : position + 10])
+            if depth != 8 or num_components not in JPEG_MODES or found is not None:
+                return None
+            found = ImageHeader("JPEG", JPEG_MODES[num_components], width, height, 1, 1)
+        position += 2 + size
+    return None
+
+
+def _decode_plain_jpeg(data: bytes, max_pixels: int, colorspace: str) -> Pixels | None:
+    """RGB or GRAY as stored (not yet upright), or None where Pillow should look at the file.
 
     Raises:
         ImageError: If the JPEG is too large or damaged.
@@ -114,11 +176,11 @@ def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
     if data[:2] != b"\xff\xd8":
         return None
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        if colorspace in ("CMYK", "YCCK"):
+        height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
+        if stored in ("CMYK", "YCCK"):
             return None
         _check_size(width, height, max_pixels)
-        pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace=colorspace)
     except ValueError as error:
         if any(damage in str(error) for damage in JPEG_DAMAGE):
             raise ImageError(f"damaged or truncated JPEG ({error})") from error
@@ -170,6 +232,12 @@ def _to_rgb(image: Image.Image) -> Pixels:
     return np.asarray(image.convert("RGB"))
 
 
+def _to_luma(image: Image.Image) -> Pixels:
+    """uint8 (H, W) of any Pillow mode: the luma of `_to_rgb`."""
+    plain = image.mode in ("1", "L", "RGB") and not image.has_transparency_data
+    return np.asarray((image if plain else Image.fromarray(_to_rgb(image))).convert("L"))
+
+
 def _scaled_to_8_bits(samples: NDArray[np.generic]) -> Pixels:
     """Grey samples (H, W) of 16 or 32 bits, or floats, in 0..255.
 
@@ -202,7 +270,7 @@ def _num_frames(image: Image.Image) -> int:
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    """(H, W, 3) turned and mirrored as EXIF orientation 1 to 8 asks; a view."""
+    """(H, W, C) turned and mirrored as EXIF orientation 1 to 8 asks; a view."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):

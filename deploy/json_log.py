@@ -8,12 +8,21 @@ FACTS = ("request_id", "status", "ms", "host", "port", "grpc_port")
 
 
 class JsonFormatter(logging.Formatter):
-    """A line of JSON for each record."""
+    """A line of JSON for each record.
+
+    Args:
+        worker: The number of the process, where there are several.
+    """
+
+    def __init__(self, worker: int | None = None) -> None:
+        super().__init__()
+        self._of = {} if worker is None else {"worker": worker}
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
+            **self._of,
             "logger": record.name,
             "message": record.getMessage(),
         }

@@ -11,8 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # or it tells its makers, and must be told before the import
-
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # works only before the import
 import numpy as np
 import onnxruntime as ort
 from PIL import Image, ImageOps
@@ -38,8 +37,7 @@ def main(bundle: Path, files: list[Path]) -> None:
     session = ort.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
     for file in files:
         (probabilities,) = session.run(["probabilities"], {"images": upright_rgb(file)[None]})[0]
-        best = probabilities.argmax()
-        print(f"{file}\t{labels[best]}\t{probabilities[best]:.6f}")
+        print(f"{file}\t{labels[probabilities.argmax()]}\t{probabilities.max():.6f}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ A promotion appends to the log, then replaces the pointer by one rename. Whoever
 says which champion was expected, so of two promotions at once the second fails. A kill between any two steps leaves a
 registry that reads as before or as after; the next change sweeps up what was left. The order of the log is the truth,
 its times are what the clock said. Promotion and rollback by flows, reading by the command line and the server.
+
+This is a registry in a folder; deploy/shared_registry.py is one behind a URL, of which such a folder is a copy.
 """
 
 import dataclasses
@@ -34,6 +36,9 @@ from deploy.files import sha256_file, sync_directory, write_json
 LINEAGE, CARD = "lineage.json", "model_card.md"
 INCOMING, OUTGOING = ".incoming-", ".outgoing-"
 LOCK_TIMEOUT_S = 30.0
+DELETE_POINTER = (
+    "Delete it: the next change writes it again from the log. To change the champion, use `tanuki promote`."
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +75,7 @@ class Registry:
 
     def __init__(self, root: Path, *, clock: Callable[[], datetime] = utc_now) -> None:
         self.root = root
+        self.place = str(root)  # for messages
         self._clock = clock
         self._versions_dir = root / "versions"
         self._log = root / "events.jsonl"
@@ -102,7 +108,7 @@ class Registry:
         directory = self._versions_dir / str(id_)
         if not directory.is_dir():
             known = ", ".join(map(str, self._ids())) or "none"
-            raise RegistryError(f"{self.root} has no version {id_}; it has {known}. See `tanuki versions`.")
+            raise RegistryError(f"{self.place} has no version {id_}; it has {known}. See `tanuki versions`.")
         lineage = self._read_lineage(id_)
         return Version(id_, directory, lineage["digest"], lineage["registered_at"])
 
@@ -157,6 +163,7 @@ class Registry:
             RegistryError: If it is not the bundle that was registered.
         """
         version = self.version(id_)
+        self._fetch(version)
         try:
             bundle = read_bundle(version.directory)
         except BundleError as error:
@@ -176,6 +183,7 @@ class Registry:
         """
         events = [event for event in self.events() if event.version == id_]
         stored = self._read_lineage(id_)
+        self._fetch(self.version(id_))
         for name, digest in next((event.files for event in events if event.files), {}).items():
             path = self._versions_dir / str(id_) / name
             if not path.is_file() or sha256_file(path) != digest:
@@ -211,8 +219,22 @@ class Registry:
         return stack[-2] if len(stack) > 1 else None
 
     def gate_uses(self, test_digest: str) -> int:
-        """How many decisions name this test set (their ``test_digest``)."""
-        return sum((event.decision or {}).get("test_digest") == test_digest for event in self.events())
+        """How many decisions name this test set (their ``test_digest``), those that were only looked at included.
+
+        A look that the verdict itself followed is one use with it: it asked the same of the same images.
+        """
+        uses = [event for event in self.events() if (event.decision or {}).get("test_digest") == test_digest]
+        pairs = [(event.version, (event.decision or {}).get("compared_with")) for event in uses]
+        judged = [pair for event, pair in zip(uses, pairs, strict=True) if event.kind != "looked_at"]
+        return len(judged) + len(set(pairs) - set(judged))
+
+    def stamp(self) -> tuple[int, ...] | None:
+        """What changes when the pointer is replaced, cheap to ask for; None where there is no pointer."""
+        try:
+            stat = self._pointer.stat()
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
     # Changing: under the lock, after repair.
 
@@ -235,8 +257,7 @@ class Registry:
                     if version.digest == digest:
                         logger.info("bundle %s is version %d already", digest[:12], version.id)
                         return version
-            id_ = 1 + max([*self._ids(), *(event.version for event in self.events())], default=0)
-            self._copy_in(id_, bundle_dir, lineage, card)
+            id_ = self._add(bundle_dir, lineage, card)
             self._record_registration(id_, "a new bundle")
             logger.info("bundle %s is version %d now", digest[:12], id_)
             return self.version(id_)
@@ -272,7 +293,7 @@ class Registry:
                     f"promoted or rolled back meanwhile. Compare version {id_} with it and promote again."
                 )
             self._verify(id_)
-            self._append("forced" if forced else "promoted", id_, reason, champion=id_, decision=decision)
+            self._append("forced" if forced else "promoted", id_, reason, decision=decision)
             self._point()
             return self.version(id_)
 
@@ -287,7 +308,34 @@ class Registry:
         with self._changing():
             self.version(id_)
             kind: Kind = "undecided" if undecided else "refused"
-            self._append(kind, id_, reason, champion=_champion(self.events()), decision=decision)
+            self._append(kind, id_, reason, decision=decision)
+
+    def note_look(self, id_: int, reason: str, *, decision: Mapping[str, Any]) -> None:
+        """Records what the gate said where nothing was to follow from it: the test set was used all the same.
+
+        Raises:
+            RegistryError: If there is no such version.
+        """
+        with self._changing():
+            self.version(id_)
+            self._append("looked_at", id_, reason, decision=decision)
+
+    def sign(self, id_: int, private_key: Path) -> str:
+        """Signs a version that is whole, in place of an earlier signature; needs the extra `sign`.
+
+        Returns:
+            The id of the key.
+
+        Raises:
+            RegistryError: If the version is damaged.
+            KeyFileError: If the file is no Ed25519 private key without a password.
+        """
+        from deploy.signing import sign_bundle
+
+        with self._changing():
+            signed_by = sign_bundle(self.bundle(id_), private_key)
+            self._share_signature(id_)
+            return signed_by
 
     def rollback(self, reason: str) -> Version:
         """Makes the champion before this one the champion again, after its golden pictures were run.
@@ -306,7 +354,7 @@ class Registry:
                 )
             target = stack[-2]
             self._verify(target)
-            self._append("rolled_back", target, reason, champion=target)
+            self._append("rolled_back", target, reason)
             self._point()
             return self.version(target)
 
@@ -332,8 +380,7 @@ class Registry:
         with self._changing():
             removed = self.sweepable(keep_last=keep_last)
             for id_ in removed:
-                reason = f"never live and not among the last {keep_last}"
-                self._append("removed", id_, reason, champion=_champion(self.events()))
+                self._append("removed", id_, f"never live and not among the last {keep_last}")
                 self._discard(id_)
             return removed
 
@@ -348,12 +395,12 @@ class Registry:
     def _changing(self) -> Iterator[None]:
         try:
             self._versions_dir.mkdir(parents=True, exist_ok=True)
-            with _locked(self.root / ".lock"):
+            with locked(self.root / ".lock"):
                 self._clean_up()
                 yield
         except OSError as error:
             raise RegistryError(
-                f"the registry {self.root} cannot be changed: {error}. Whoever reads it finds it whole. Make room, or "
+                f"the registry {self.place} cannot be changed: {error}. Whoever reads it finds it whole. Make room, or "
                 "give this account the right to write there, and run the command again."
             ) from error
 
@@ -378,34 +425,57 @@ class Registry:
         sync_directory(self._versions_dir)
         shutil.rmtree(outgoing)
 
-    def _copy_in(self, id_: int, bundle_dir: Path, lineage: Mapping[str, Any], card: Path | None) -> None:
-        """Copies a bundle beside the versions, runs it there, and renames it into place."""
+    def _fetch(self, version: Version) -> None:
+        """Sees to it that a version's files are here; in a folder they always are."""
+
+    def _share_signature(self, id_: int) -> None:
+        """Lets others see a version's new signature; in a folder they do."""
+
+    def _add(self, bundle_dir: Path, lineage: Mapping[str, Any], card: Path | None) -> int:
+        """Puts a bundle among the versions, under a number of its own."""
+        id_ = self._next_id()
+        with self._incoming(bundle_dir, card) as (folder, bundle):
+            write_json(folder / LINEAGE, self._stored_lineage(id_, bundle, lineage))
+            self._put_in_place(folder, id_)
+        return id_
+
+    def _next_id(self) -> int:
+        """A number is never given twice."""
+        return 1 + max([*self._ids(), *(event.version for event in self.events())], default=0)
+
+    @contextmanager
+    def _incoming(self, bundle_dir: Path, card: Path | None) -> Iterator[tuple[Path, Bundle]]:
+        """Copies a bundle beside the versions and runs it there; what is not put in place by the end is gone."""
         folder = Path(tempfile.mkdtemp(dir=self._versions_dir, prefix=INCOMING))
         try:
             folder.chmod(0o755)
             for name in bundle_files(read_bundle(bundle_dir)):
                 _copy(bundle_dir / name, folder / name)
-            bundle = verify_bundle(folder)
-            stored = {
-                "version": id_,
-                "digest": bundle.digest,
-                "registered_at": self._clock().isoformat(),
-                "lineage": dict(lineage),
-            }
-            write_json(folder / LINEAGE, stored)
-            (folder / LINEAGE).chmod(0o444)
             if card is not None:
                 _copy(card, folder / CARD)
-            sync_directory(folder)
-            folder.rename(self._versions_dir / str(id_))
-            sync_directory(self._versions_dir)
+            yield folder, verify_bundle(folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _stored_lineage(self, id_: int, bundle: Bundle, lineage: Mapping[str, Any]) -> dict[str, Any]:
+        """What lineage.json says of a version."""
+        return {
+            "version": id_,
+            "digest": bundle.digest,
+            "registered_at": self._clock().isoformat(),
+            "lineage": dict(lineage),
+        }
+
+    def _put_in_place(self, folder: Path, id_: int) -> None:
+        (folder / LINEAGE).chmod(0o444)
+        sync_directory(folder)
+        folder.rename(self._versions_dir / str(id_))
+        sync_directory(self._versions_dir)
 
     def _record_registration(self, id_: int, reason: str) -> None:
         directory = self.version(id_).directory
         files = {name: sha256_file(directory / name) for name in (LINEAGE, CARD) if (directory / name).is_file()}
-        self._append("registered", id_, reason, champion=_champion(self.events()), files=files)
+        self._append("registered", id_, reason, files=files)
 
     def _append(
         self,
@@ -413,7 +483,6 @@ class Registry:
         id_: int,
         reason: str,
         *,
-        champion: int | None,
         decision: Mapping[str, Any] | None = None,
         files: Mapping[str, str] | None = None,
     ) -> None:
@@ -425,13 +494,16 @@ class Registry:
             time=now.isoformat(),
             kind=kind,
             version=id_,
-            champion=champion,
+            champion=id_ if kind in MOVES else _champion(events),
             reason=reason,
             decision=decision,
             files=files,
         )
-        append_event(self._log, event)
+        self._write(event)
         logger.info("version %d %s: %s", id_, kind.replace("_", " "), reason)
+
+    def _write(self, event: Event) -> None:
+        append_event(self._log, event)
 
     def _point(self) -> None:
         """Brings the pointer up to the log."""
@@ -451,39 +523,20 @@ class Registry:
 
     def _read_pointer(self) -> dict[str, Any] | None:
         try:
-            value = json.loads(self._pointer.read_bytes())
+            data = self._pointer.read_bytes()
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise RegistryError(f"{self._pointer} is no JSON: {error}. {self._delete_pointer()}") from error
-        if not isinstance(value, dict) or not all(isinstance(value.get(key), int) for key in ("version", "sequence")):
-            raise RegistryError(f"{self._pointer} names no version and sequence. {self._delete_pointer()}")
-        return value
+        return parse_pointer(data, name=str(self._pointer))
 
     def _check_pointer(self) -> None:
-        """A pointer may be behind the log (a kill) and is then brought up; it may not say what the log never said."""
         pointer = self._read_pointer()
-        if pointer is None:
-            return
-        events = self.events()
-        if pointer["sequence"] > len(events):
-            raise RegistryError(
-                f"{self._pointer} rests on event {pointer['sequence']}, but {self._log} ends at {len(events)}: the log "
-                "lost its end. Restore it from a backup; or, to go on with what it still holds, delete the pointer."
-            )
-        event = events[pointer["sequence"] - 1] if pointer["sequence"] > 0 else None
-        if event is None or event.kind not in MOVES or event.champion != pointer["version"]:
-            raise RegistryError(
-                f"{self._pointer} says that version {pointer['version']} is the champion; event {pointer['sequence']} "
-                f"of {self._log} does not. One of them was edited. {self._delete_pointer()}"
-            )
-
-    def _delete_pointer(self) -> str:
-        return "Delete it: the next change writes it again from the log. To change the champion, use `tanuki promote`."
+        if pointer is not None:
+            check_pointer(pointer, self.events(), name=str(self._pointer), log=str(self._log))
 
     def _verify(self, id_: int) -> None:
         """Runs a version's golden pictures."""
         version = self.version(id_)
+        self._fetch(version)
         try:
             bundle = verify_bundle(version.directory)
         except BundleError as error:
@@ -521,6 +574,40 @@ class Registry:
         return value
 
 
+def parse_pointer(data: bytes, *, name: str) -> dict[str, Any]:
+    """What a champion pointer says.
+
+    Raises:
+        RegistryError: If it was edited or damaged.
+    """
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise RegistryError(f"{name} is no JSON: {error}. {DELETE_POINTER}") from error
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), int) for key in ("version", "sequence")):
+        raise RegistryError(f"{name} names no version and sequence. {DELETE_POINTER}")
+    return value
+
+
+def check_pointer(pointer: Mapping[str, Any], events: list[Event], *, name: str, log: str) -> None:
+    """A pointer may be behind the log (a kill) and is then brought up; it may not say what the log never said.
+
+    Raises:
+        RegistryError: If it does.
+    """
+    if pointer["sequence"] > len(events):
+        raise RegistryError(
+            f"{name} rests on event {pointer['sequence']}, but {log} ends at {len(events)}: the log "
+            "lost its end. Restore it from a backup; or, to go on with what it still holds, delete the pointer."
+        )
+    event = events[pointer["sequence"] - 1] if pointer["sequence"] > 0 else None
+    if event is None or event.kind not in MOVES or event.champion != pointer["version"]:
+        raise RegistryError(
+            f"{name} says that version {pointer['version']} is the champion; event {pointer['sequence']} "
+            f"of {log} does not. One of them was edited. {DELETE_POINTER}"
+        )
+
+
 def _champion(events: list[Event]) -> int | None:
     """The champion after these events."""
     return events[-1].champion if events else None
@@ -547,7 +634,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Holds the registry's lock; the system frees it when the process ends, however it ends.
 
     Raises:
@@ -567,3 +654,23 @@ def _locked(path: Path) -> Iterator[None]:
                     ) from error
                 time.sleep(0.05)
         yield
+
+
+def open_registry(where: str | Path, *, copy: Path | None = None) -> Registry:
+    """The registry in a folder, or behind a URL.
+
+    Args:
+        where: A folder's path, or a URL of fsspec such as ``s3://bucket/prefix``.
+        copy: Where the copy of a registry behind a URL lies; None for the user's cache.
+
+    Raises:
+        RegistryError: If the URL's protocol needs a package that is not installed.
+    """
+    protocol, separator, path = str(where).partition("://")
+    if not separator:
+        return Registry(Path(where))
+    if protocol in ("file", "local"):
+        return Registry(Path(path))
+    from deploy.shared_registry import SharedRegistry  # needs fsspec, which a registry in a folder does not
+
+    return SharedRegistry(str(where), copy)

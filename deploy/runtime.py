@@ -1,9 +1,14 @@
-"""onnxruntime sessions, opened one way everywhere: caching, evaluation and serving run on the same settings."""
+"""onnxruntime sessions, opened one way everywhere: caching, evaluation and serving run on the same settings.
+
+Since 1.29 onnxruntime's wheels for Linux tell Microsoft of every session: names and hashes of the graph, the processor
+and an id of the machine, kept in ~/.cache/Microsoft until they are sent. Only a variable that is there before the first
+import prevents it (`disable_telemetry_events` comes too late: tried), so whoever else imports onnxruntime does it after
+this module.
+"""
 
 import os
 from pathlib import Path
 
-# Before the import, which begins to collect, writes an identifier to ~/.cache/Microsoft and sends it from 1.29 on.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort

@@ -61,6 +61,15 @@ def key_id(public_key: Path) -> str:
     return _id(_read_public(public_key))
 
 
+def check_private_key(private_key: Path) -> None:
+    """Sees to it that a file can sign.
+
+    Raises:
+        KeyFileError: If it is no Ed25519 private key without a password.
+    """
+    _read_private(private_key)
+
+
 def sign_bundle(bundle: Bundle, private_key: Path) -> str:
     """Signs a bundle that was read and found whole; in place of an earlier signature.
 

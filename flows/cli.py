@@ -21,7 +21,8 @@ from rich.table import Table
 
 from deploy.errors import TanukiError
 from deploy.json_log import JsonFormatter
-from flows.commands import production
+from flows.commands import operate, production
+from flows.commands.learning import pretrained_app
 from flows.workspace import exclusive, find_workspace, track_raw
 from tasks.layout import Layout
 
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(pretrained_app, name="pretrained")
 app.add_typer(production.app)
 out = Console(highlight=False, soft_wrap=True)
 asides = Console(stderr=True, highlight=False, soft_wrap=True)  # what must not stand in a script's JSON
@@ -50,6 +52,10 @@ Publish = Annotated[
     bool,
     typer.Option("--publish", envvar="TANUKI_PUBLISH", help="Publish the champion then, like `tanuki publish`."),
 ]
+SigningKey = Annotated[
+    Path | None,
+    typer.Option("--key", envvar="TANUKI_SIGNING_KEY", help="Sign the version that becomes champion with this key."),
+]
 BundleOrVersion = Annotated[
     str, typer.Argument(metavar="BUNDLE|VERSION", help="A bundle's folder, or a version's number.")
 ]
@@ -60,10 +66,16 @@ VersionId = Annotated[int, typer.Argument(help="A number from `tanuki versions`.
 def workspace(
     context: typer.Context,
     root: Annotated[Path, typer.Option(help="The workspace, or a folder in it.", envvar="TANUKI_ROOT")] = Path(),
+    registry: Annotated[
+        str | None,
+        typer.Option(help="Another registry than data/registry: a folder or a URL.", envvar="TANUKI_REGISTRY"),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more while working.")] = False,
 ) -> None:
     """Keeps an image classifier fresh: labelled images in, a better-or-nothing ONNX model out."""
     context.obj = root
+    if registry:
+        os.environ["TANUKI_REGISTRY"] = registry  # where the flows look, in this process and in those it starts
     _configure_logging(verbose)
 
 
@@ -194,13 +206,15 @@ def retrain(
     promote: Annotated[bool, typer.Option(help="Let a model that passes the gate become champion.")] = True,
     sample: Annotated[bool, typer.Option("--sample", help="Lay out the sample set if data/raw is empty.")] = False,
     publish: Publish = False,
+    key: SigningKey = None,
     as_json: Json = False,
 ) -> None:
     """Run every stage that something changed for, put the model before the gate, promote it if it is better."""
     layout = find_workspace(context.obj)
-    _prepare_raw(layout, sample=sample)
     from flows import promotion, reports, run_metrics
 
+    promotion.signing_key(key)
+    _prepare_raw(layout, sample=sample)
     start = time.time()
     if promotion.is_judged(layout, promote=promote):
         from flows.workspace import stale_stages
@@ -217,7 +231,7 @@ def retrain(
     from flows.server import prefect_server
 
     with prefect_server(layout):
-        done = retrain_flow(layout.root, promote=promote, publish=publish)
+        done = retrain_flow(layout.root, promote=promote, publish=publish, key=key)
     if done.published is not None:
         asides.print(escape(done.published.text()))
     summary = reports.summarise(layout, stages=done.stages, verdict=done.verdict)
@@ -243,12 +257,16 @@ def predict(
     files: Annotated[list[Path], typer.Argument(help="Image files.")],
     top: Annotated[int, typer.Option(help="Labels to show for each.", min=1)] = 3,
     version: Annotated[int | None, typer.Option(help="A version instead of the champion.", min=1)] = None,
+    folder: Annotated[Path | None, typer.Option("--bundle", help="A bundle's folder instead.")] = None,
     as_json: Json = False,
 ) -> None:
     """Classify images with the champion; in a clone that has none, with the model that `dvc pull` brought."""
+    from deploy.bundle import read_bundle
     from deploy.predictor import Predictor
 
-    bundle, number = _bundle_to_ask(find_workspace(context.obj), version)
+    if folder and version:
+        raise typer.BadParameter("Name a version or a bundle's folder, not both.")
+    bundle, number = (read_bundle(folder), None) if folder else _bundle_to_ask(find_workspace(context.obj), version)
     with Predictor(bundle) as predictor:
         answers = predictor.predict_files(files, top_k=top)
     if as_json:
@@ -264,12 +282,19 @@ def predict(
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
-def serve(context: typer.Context) -> None:
-    """Answer over HTTP with the champion, whichever that is; its own --help tells ports, limits, tokens and TLS."""
-    from deploy.serving.server import main as run_server
+def serve(context: typer.Context, folder: Annotated[Path | None, typer.Option("--bundle")] = None) -> None:
+    """Answer over HTTP with the champion, whichever that is, or `--bundle FOLDER`; its --help tells all options."""
+    from deploy.serving.command import main as run_server
+    from flows.registries import registry_place
 
+    if folder:
+        from flows.pretrained import registry_of_one
+
+        with registry_of_one(folder) as registry_dir:
+            run_server(["--registry", str(registry_dir), *context.args], program="tanuki serve")
+        return
     is_told = {"--registry", "-h", "--help"} & set(context.args)
-    registry = [] if is_told else ["--registry", str(find_workspace(context.obj).registry_dir)]
+    registry = [] if is_told else ["--registry", registry_place(find_workspace(context.obj))]
     run_server([*registry, *context.args], program="tanuki serve")
 
 
@@ -282,10 +307,10 @@ def triton(
     storage_uri: Annotated[str | None, typer.Option(help="Where KServe finds it: writes its manifest too.")] = None,
 ) -> None:
     """Write a version as a model repository that Triton serves, and KServe with it."""
-    from deploy.registry import Registry
     from deploy.triton_repository import write_triton_repository
+    from flows.registries import registry_of
 
-    registry = Registry(find_workspace(context.obj).registry_dir)
+    registry = registry_of(find_workspace(context.obj))
     chosen = registry.version(version) if version else registry.require_champion()
     bundle = registry.bundle(chosen.id)
     made = write_triton_repository(folder, bundle, name=name, version=chosen.id, storage_uri=storage_uri)
@@ -328,13 +353,15 @@ def versions(
 
 
 @app.command()
-def promote(context: typer.Context, version: VersionId, reason: Reason, publish: Publish = False) -> None:
+def promote(
+    context: typer.Context, version: VersionId, reason: Reason, publish: Publish = False, key: SigningKey = None
+) -> None:
     """Make a version champion whatever the gate said of it; the reason goes into the history."""
-    from flows.promotion import force
+    from flows.promotion import force, signing_key
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "promote"):
-        out.print(force(layout, version, reason=reason))
+        out.print(force(layout, version, reason=reason, key=signing_key(key)))
     if publish:
         _publish(layout)
 
@@ -423,7 +450,13 @@ def sign(
 ) -> None:
     """Sign a bundle that is whole, so that others can require it with the public key."""
     from deploy.signing import sign_bundle
+    from flows.registries import registry_of
 
+    if what.isdecimal() and not Path(what).is_dir():
+        registry = registry_of(find_workspace(context.obj))
+        signed_by = registry.sign(int(what), key)
+        out.print(f"Version {what} of {escape(registry.place)} is signed by the key {signed_by}.")
+        return
     bundle = _bundle_to_check(context.obj, what)
     folder = bundle.directory.resolve()
     made_in = Layout(folder.parents[1])
@@ -476,20 +509,35 @@ def collect_garbage(
     context: typer.Context,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what it would free.")] = False,
     forget: Annotated[
-        list[int] | None, typer.Option(help="A version whose features may go; may be given again.", min=1)
+        list[int] | None,
+        typer.Option(help="A version whose features, and data in DVC's cache, may go; may be given again.", min=1),
     ] = None,
     keep_last: Annotated[
         int | None, typer.Option(help="Remove versions never live first, but for so many of the youngest.", min=1)
     ] = None,
+    keep_runs: Annotated[int, typer.Option(help="Days for which Prefect keeps this workspace's runs.", min=0)] = 90,
+    runs: Annotated[bool, typer.Option(help="Look at Prefect's runs too, which takes a server.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Drop the stored features that neither the current images nor a version of the registry needs."""
+    """Drop what neither the workspace, git nor a kept version needs: features, DVC's cache, old runs of Prefect."""
     from flows.garbage import collect_garbage
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "gc"):
         report = collect_garbage(layout, dry_run=dry_run, forget=forget or (), keep_last=keep_last)
-    _print_json(report.as_dict()) if as_json else out.print(escape(report.text()))
+        swept = None
+        if runs:
+            from flows.run_history import sweep_runs
+
+            swept = sweep_runs(layout, older_than_days=keep_runs, dry_run=dry_run)
+    if as_json:
+        _print_json({**report.as_dict(), "runs": None if swept is None else swept.runs})
+        return
+    out.print(escape(report.text()))
+    if swept is not None:
+        out.print(
+            f"{'Would remove' if dry_run else 'Removed'} {swept.runs} runs older than {keep_runs} days from Prefect."
+        )
 
 
 @app.command()
@@ -525,6 +573,9 @@ def doctor(context: typer.Context, as_json: Json = False) -> None:
             out.print(f"{marks[finding.level]} {finding.subject}: {escape(finding.text)}")
     if any(finding.level == "problem" for finding in findings):
         raise typer.Exit(1)
+
+
+app.add_typer(operate.app)
 
 
 def main() -> None:
@@ -587,9 +638,9 @@ def _bundle_to_ask(layout: Layout, version: int | None) -> "tuple[Bundle, int | 
     The registry is no part of a clone: it is about one place's production. `dvc pull` brings data/bundle.
     """
     from deploy.bundle import read_bundle
-    from deploy.registry import Registry
+    from flows.registries import registry_of
 
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     if version is None and not registry.versions() and layout.bundle_dir.is_dir():
         asides.print("No version is registered here: data/bundle answers, which no gate was asked about.", style="dim")
         return read_bundle(layout.bundle_dir), None
@@ -600,10 +651,10 @@ def _bundle_to_ask(layout: Layout, version: int | None) -> "tuple[Bundle, int | 
 def _bundle_to_check(root: Path, what: str) -> "Bundle":
     """The bundle of a version, or the one in a folder; a folder needs no workspace."""
     from deploy.bundle import read_bundle
-    from deploy.registry import Registry
+    from flows.registries import registry_of
 
     if what.isdecimal() and not Path(what).is_dir():
-        return Registry(find_workspace(root).registry_dir).bundle(int(what))
+        return registry_of(find_workspace(root)).bundle(int(what))
     return read_bundle(Path(what))
 
 

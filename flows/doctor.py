@@ -25,7 +25,8 @@ GB = 1e9
 
 KNOWN_CLASHES = (
     # package, first version that breaks, what breaks
-    ("fastapi", "0.155", "prefect 3.8 fails in every flow with it (Body() has lost min_items)"),
+    ("fastapi", "0.151", "prefect 3.8's server refuses with it what its own client sends (nulls)"),
+    ("sqlalchemy", "2.1", "the scheduler of prefect 3.8's server fails with it"),
     ("prefect", "3.9", "it wants a certifi that is not released"),
 )
 SIMD = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI (int8)", "avx512_bf16": "bf16", "amx_bf16": "AMX"}

@@ -18,7 +18,7 @@ from deploy.bundle import Bundle
 from deploy.capture_files import Captured, read_captured
 from deploy.files import atomic_path, sha256_bytes, write_json, write_text
 from deploy.predictor import Predictor
-from deploy.registry import Registry
+from flows.registries import registry_of
 from tasks.data.image_store import open_images
 from tasks.data.manifest import read_manifest
 from tasks.drift.compare import Answers, Comparison, compare
@@ -117,7 +117,7 @@ def look_for_drift(layout: Layout, captures: Path | None = None, *, now: datetim
             f"{folder} is no folder. Start the server with `tanuki serve --capture-dir {folder}`, or name the folder "
             "that it writes to with --captures."
         )
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     version = registry.require_champion()
     bundle = registry.bundle(version.id)
     looked_at = now or datetime.now(UTC)

@@ -1,18 +1,20 @@
-"""What the feature store holds that nothing needs any more: behind `tanuki gc`.
+"""What nothing needs any more, of the feature store, of DVC's cache and of Prefect's runs: behind `tanuki gc`.
 
 Needed are the features of the images of the current manifest under the current backbone, and those of every registry
 version: its images under its backbone, read from DVC's cache by the hashes in its lineage. So going back to any of them
-costs no forward. The store is all that is touched: DVC's cache has `dvc gc`, Prefect's database its own retention.
+costs no forward. In DVC's cache (flows/dvc_cache.py) all stays that a kept version's lineage names; the registry's own
+files are swept by itself. What is needed is known before the first of these loses anything.
 """
 
 import json
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.registry import Registry
+from flows.dvc_cache import CacheSweep, sweep_cache
+from flows.registries import registry_of
 from flows.workspace import WorkspaceError, dvc
 from tasks.data.feature_store import Orphans, Space, drop_orphans
 from tasks.data.manifest import read_manifest
@@ -37,18 +39,29 @@ class GarbageReport:
         dry_run: Whether it is only told.
         orphans: Of each space that has some.
         versions: Of the registry.
+        cache: Of DVC's cache.
     """
 
     dry_run: bool
     orphans: tuple[Orphans, ...]
     versions: tuple[int, ...] = ()
+    cache: CacheSweep = field(default_factory=CacheSweep)
 
     def text(self) -> str:
         """The report for a person."""
-        if not self.versions:
-            return self._features_text()
         told = "Would remove" if self.dry_run else "Removed"
-        return f"{told} version {', '.join(map(str, self.versions))}, never live.\n{self._features_text()}"
+        versions = f"{told} version {', '.join(map(str, self.versions))}, never live."
+        return "\n".join([*([versions] if self.versions else []), self._features_text(), self._cache_text(told)])
+
+    def _cache_text(self, told: str) -> str:
+        if self.cache.left_alone:
+            return f"{self.cache.left_alone}."
+        if not self.cache.objects:
+            return "DVC's cache holds nothing that no commit and no version names."
+        return (
+            f"{told} {self.cache.objects:,} files from DVC's cache that no commit and no version names, "
+            f"{self.cache.freed_bytes / 1e6:,.1f} MB."
+        )
 
     def _features_text(self) -> str:
         if not self.orphans:
@@ -71,12 +84,12 @@ class GarbageReport:
 def collect_garbage(
     layout: Layout, *, dry_run: bool, forget: Collection[int] = (), keep_last: int | None = None
 ) -> GarbageReport:
-    """Takes out of data/features what neither the current manifest nor a registry version needs.
+    """Takes out of data/features and DVC's cache what neither the workspace nor a registry version needs.
 
     Args:
         layout: The workspace, held by the caller.
         dry_run: Only tell.
-        forget: Registry versions whose features may go.
+        forget: Registry versions whose features may go, and what DVC's cache has of them.
         keep_last: Where given, versions that were never live go first, but for this many of the youngest.
 
     Raises:
@@ -86,7 +99,7 @@ def collect_garbage(
     needed: defaultdict[Backbone, set[str]] = defaultdict(set)
     if layout.accepted.is_file() and layout.backbone_card.is_file():
         needed[_backbone(layout.backbone_card)] |= _images(layout.accepted)
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     versions = () if keep_last is None else tuple(registry.sweepable(keep_last=keep_last))
     for backbone, images in _needs_of_versions(layout, {*forget, *versions}):
         needed[backbone] |= images
@@ -97,12 +110,24 @@ def collect_garbage(
         return needed.get(Backbone(space.trunk_sha256, space.preprocessing_sha256), set())
 
     orphans = drop_orphans(layout.features_dir, images_of, dry_run=dry_run)
-    return GarbageReport(dry_run, tuple(orphans), versions)
+    kept = _outputs_of_versions(layout, {*forget, *versions})
+    return GarbageReport(dry_run, tuple(orphans), versions, sweep_cache(layout, kept, dry_run=dry_run))
+
+
+def _outputs_of_versions(layout: Layout, forget: Collection[int]) -> dict[int, dict[str, str]]:
+    """DVC's hash of every output, and of the images, of every version."""
+    registry = registry_of(layout)
+    lineages = {id_.id: registry.registered_lineage(id_.id) for id_ in registry.versions() if id_.id not in forget}
+    raw = _relative(layout, layout.raw)
+    return {
+        id_: {**told.get("dvc_outputs", {}), **({raw: told["data_version"]} if told.get("data_version") else {})}
+        for id_, told in lineages.items()
+    }
 
 
 def _needs_of_versions(layout: Layout, forget: Collection[int]) -> list[tuple[Backbone, set[str]]]:
     """Backbone and images of every version."""
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     versions = [version.id for version in registry.versions() if version.id not in forget]
     if not versions:
         return []

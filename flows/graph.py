@@ -18,6 +18,7 @@ class Stage:
         deps: Paths it reads, code included.
         params: Sections or keys of params.yaml.
         outs: Paths it writes, metrics and plots included.
+        uncached: Those of them that DVC does not keep.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Stage:
     deps: tuple[str, ...]
     params: tuple[str, ...]
     outs: tuple[str, ...]
+    uncached: tuple[str, ...] = ()
 
 
 def read_stages(pipeline: Path) -> tuple[Stage, ...]:
@@ -85,11 +87,16 @@ def _stage(name: str, spec: dict[str, Any]) -> Stage:
         deps=tuple(spec.get("deps", ())),
         params=tuple(spec.get("params", ())),
         outs=tuple(_path(entry) for entry in written),
+        uncached=tuple(_path(entry) for entry in written if not _is_cached(entry)),
     )
 
 
 def _path(entry: str | dict[str, Any]) -> str:
     return entry if isinstance(entry, str) else next(iter(entry))
+
+
+def _is_cached(entry: str | dict[str, Any]) -> bool:
+    return isinstance(entry, str) or bool(entry[_path(entry)].get("cache", True))
 
 
 def _reads(stage: Stage, other: Stage) -> bool:

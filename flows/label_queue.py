@@ -14,7 +14,7 @@ from pathlib import Path
 from deploy.capture_files import Captured, read_captured
 from deploy.files import sha256_bytes, write_bytes, write_text
 from deploy.images import read_header
-from deploy.registry import Registry
+from flows.registries import registry_of
 from tasks.data.contact_sheet import Tile, contact_sheet
 from tasks.data.manifest import read_manifest
 from tasks.drift.selection import choose_to_label
@@ -74,7 +74,7 @@ def write_label_queue(layout: Layout, folder: Path, captures: Path | None = None
         raise DataError(f"{folder} is not empty: what somebody labelled there would be lost. Name another folder.")
     params = load_params(layout.params)
     source = captures or layout.captures_dir
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     since = datetime.now(UTC) - timedelta(days=params.drift.window_days)
     captured = read_captured(
         source,

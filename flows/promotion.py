@@ -7,8 +7,10 @@ images now, through the same predictor. Numbers in, decision out: tasks/gate.py.
 import csv
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,14 @@ from deploy.registry import Registry, Version
 from flows import workspace
 from flows.decision_page import write_decision
 from flows.graph import read_stages
+from flows.registries import registry_of
 from tasks.data.image_store import ImageStore, open_images
 from tasks.evaluation.robustness import CLEAN, robust_answers
 from tasks.gate import Decision, Scores, decide
 from tasks.layout import Layout
 from tasks.params import Params, load_params
+
+KEY_VARIABLE = "TANUKI_SIGNING_KEY"
 
 logger = logging.getLogger(__name__)
 
@@ -76,16 +81,17 @@ class TestImages:
     survived: np.ndarray
 
 
-def judge(layout: Layout, *, promote: bool) -> Verdict:
+def judge(layout: Layout, *, promote: bool, key: Path | None = None) -> Verdict:
     """Registers the workspace's bundle, compares it with the champion and, if it passes, makes it champion.
 
     Judging the same bundle by the same test images against the same champion again changes nothing.
 
     Args:
         layout: The workspace, with every stage up to date.
-        promote: False leaves the champion and the history as they are and only tells the decision.
+        promote: False leaves the champion as it is; that the test images were looked at is recorded all the same.
+        key: A private key that signs the version before it becomes champion; None for none.
     """
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     version = registry.register(layout.bundle_dir, lineage(layout), card=layout.model_card)
     champion = registry.champion()
     if champion is not None and champion.id == version.id:
@@ -94,8 +100,10 @@ def judge(layout: Layout, *, promote: bool) -> Verdict:
     test = read_test_images(layout)
     decision = _decide(layout, registry, version, champion, test)
     compared_with = None if champion is None else champion.id
-    if promote and not _was_judged(registry, version, champion, test.digest):
-        _record(registry, version, compared_with, decision, test.digest)
+    if not _was_judged(registry, version, champion, test.digest, looks_too=not promote):
+        if promote and decision.promotes and key is not None:
+            registry.sign(version.id, key)
+        _record(registry, version, compared_with, decision, test.digest, promote=promote)
     now = registry.champion()
     verdict = Verdict(
         version=version.id,
@@ -112,33 +120,50 @@ def judge(layout: Layout, *, promote: bool) -> Verdict:
 
 def is_judged(layout: Layout, *, promote: bool) -> bool:
     """Whether the workspace's bundle is champion, or was judged by today's test images against today's champion."""
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     try:
         digest = read_bundle(layout.bundle_dir).digest
         version = next((each for each in registry.versions() if each.digest == digest), None)
         champion = registry.champion()
         if version is None or champion is None:
             return False
-        if version.id == champion.id or not promote:
+        if version.id == champion.id:
             return True
-        return _was_judged(registry, version, champion, read_test_images(layout).digest)
+        return _was_judged(registry, version, champion, read_test_images(layout).digest, looks_too=not promote)
     except (BundleError, FileNotFoundError):
         return False
 
 
-def force(layout: Layout, version: int, *, reason: str) -> str:
-    """Makes a version champion whatever the gate said of it."""
-    registry = Registry(layout.registry_dir)
+def signing_key(named: Path | None) -> Path | None:
+    """The private key that signs champions: the one named, or $TANUKI_SIGNING_KEY; None where there is neither.
+
+    Raises:
+        KeyFileError: If it cannot sign; better told before a retrain than after it.
+    """
+    told = os.environ.get(KEY_VARIABLE)
+    key = named or (Path(told) if told else None)
+    if key is not None:
+        from deploy.signing import check_private_key  # an extra that only who names a key needs
+
+        check_private_key(key)
+    return key
+
+
+def force(layout: Layout, version: int, *, reason: str, key: Path | None = None) -> str:
+    """Makes a version champion whatever the gate said of it, signed first where a private key is given."""
+    registry = registry_of(layout)
     before = registry.champion_id()
     if before == version:
         return f"Version {registry.version(version).id} is champion already."
+    if key is not None:
+        registry.sign(version, key)
     registry.promote(version, reason=reason, expected=before, forced=True)
     return f"Version {version} is champion now" + ("." if before is None else f", in place of version {before}.")
 
 
 def roll_back(layout: Layout, *, reason: str) -> str:
     """Makes the previous champion the champion again."""
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     before = registry.champion_id()
     now = registry.rollback(reason)
     return f"Version {now.id} is champion again, in place of version {before}."
@@ -246,17 +271,31 @@ def _survived(predictor: Predictor, images: ImageStore, test: TestImages) -> NDA
     return survived
 
 
-def _was_judged(registry: Registry, version: Version, champion: Version | None, test_digest: str) -> bool:
+def _was_judged(
+    registry: Registry, version: Version, champion: Version | None, test_digest: str, *, looks_too: bool
+) -> bool:
     compared_with = None if champion is None else champion.id
-    decisions = [event.decision for event in registry.events() if event.version == version.id and event.decision]
+    decisions = [
+        event.decision
+        for event in registry.events()
+        if event.version == version.id and event.decision and (looks_too or event.kind != "looked_at")
+    ]
     return any(each["test_digest"] == test_digest and each["compared_with"] == compared_with for each in decisions)
 
 
 def _record(
-    registry: Registry, version: Version, compared_with: int | None, decision: Decision, test_digest: str
+    registry: Registry,
+    version: Version,
+    compared_with: int | None,
+    decision: Decision,
+    test_digest: str,
+    *,
+    promote: bool,
 ) -> None:
     told = {**asdict(decision), "test_digest": test_digest, "compared_with": compared_with}
-    if decision.promotes:
+    if not promote:
+        registry.note_look(version.id, f"would be: {decision.outcome}; {decision.reasons[0]}", decision=told)
+    elif decision.promotes:
         registry.promote(version.id, reason=decision.reasons[0], expected=compared_with, decision=told)
     else:
         undecided = decision.outcome == "undecided"

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from deploy.bundle import read_bundle
 from deploy.errors import BundleError
-from deploy.registry import Registry, Version
+from deploy.registry import Version
+from flows.registries import registry_of, registry_place
 from flows.sources import named_lines
 from flows.workspace import (
     Upstream,
@@ -76,7 +77,7 @@ def publish_champion(layout: Layout) -> Published:
         RegistryError: If there is no champion.
         WorkspaceError: If something refuses, or what made the model is not committed; says what to do.
     """
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     champion = registry.require_champion()
     check_publishable(layout)
     remote = commit = None
@@ -209,7 +210,7 @@ def _is_registered(layout: Layout, version: Version) -> bool:
     said = git(layout, "tag", "--list", tag, "--format=%(contents)")
     if said and version.digest not in said:
         raise WorkspaceError(
-            f"The tag {tag} is there already, for another model than version {version.id} of {layout.registry_dir}: "
+            f"The tag {tag} is there already, for another model than version {version.id} of {registry_place(layout)}: "
             "another machine, with a registry of its own, publishes to this git repository. Let one machine publish."
         )
     return bool(said)

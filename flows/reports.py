@@ -10,6 +10,7 @@ from typing import Any
 from deploy.registry import Registry, Version
 from flows.decision_page import OUTCOMES
 from flows.promotion import Verdict, read_reports
+from flows.registries import registry_of
 from flows.workspace import StageRun, data_version, holder, stale_stages
 from tasks.layout import Layout
 
@@ -154,12 +155,12 @@ class Standing:
 
 def summarise(layout: Layout, *, stages: Sequence[StageRun], verdict: Verdict | None) -> Summary:
     """What a retrain came to; no stages and no verdict where nothing had changed."""
-    return Summary(read_reports(layout), tuple(stages), verdict, Registry(layout.registry_dir).champion())
+    return Summary(read_reports(layout), tuple(stages), verdict, registry_of(layout).champion())
 
 
 def standing(layout: Layout) -> Standing:
     """Where a workspace stands."""
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     champion = registry.champion()
     accuracy = None if champion is None else _accuracy(registry, champion)
     busy = holder(layout)
@@ -168,7 +169,7 @@ def standing(layout: Layout) -> Standing:
 
 def version_rows(layout: Layout) -> list[dict[str, Any]]:
     """One row a version, oldest first: what it is, how good it was, and what was last said of it."""
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     champion = registry.champion_id()
     said = {event.version: event for event in registry.events()}
     return [
@@ -185,7 +186,7 @@ def version_rows(layout: Layout) -> list[dict[str, Any]]:
 
 def live_at(layout: Layout, when: datetime) -> dict[str, Any]:
     """Which version was in production at a time, since when and why; and whether the clock can be believed there."""
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     move = registry.live_at(when)
     doubtful = [
         f"the clock went back from {one.time} to {other.time}, so times between these are uncertain"
@@ -204,7 +205,7 @@ def live_at(layout: Layout, when: datetime) -> dict[str, Any]:
 
 def version_lineage(layout: Layout, version: int) -> dict[str, Any]:
     """Where a version comes from and what happened to it: all that the registry holds of it."""
-    registry = Registry(layout.registry_dir)
+    registry = registry_of(layout)
     told = registry.lineage(registry.version(version).id)
     decisions = [event["decision"] for event in told["events"] if event["decision"]]
     facts = {name: value for name, value in told.items() if name not in ("lineage", "events")}

@@ -5,6 +5,7 @@ its trouble may pass; the others are functions of what lies on the disk, and doi
 """
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from prefect.states import Completed
 from prefect.tasks import Task
 
 from flows import promotion, publication, reports, run_metrics
+from flows.lease import Lease
 from flows.validation_artifacts import publish_validation
 from flows.workspace import TEMPORARY_FAILURE, StageError, StageRun, exclusive, find_workspace, reproduce, track_raw
 from tasks.layout import Layout
@@ -85,14 +87,23 @@ evaluate = stage_task("evaluate", timeout_s=12 * HOUR_S)
 
 
 @flow(name="retrain", flow_run_name="retrain", persist_result=False, validate_parameters=False)
-def retrain(root: Path | str = ".", promote: bool = True, publish: bool = False) -> Retrained:
+def retrain(
+    root: Path | str = ".",
+    promote: bool = True,
+    publish: bool = False,
+    key: Path | str | None = None,
+    lease: Lease | None = None,
+) -> Retrained:
     """Brings the model up to date with the data, and the champion up to date with the model if that is better.
 
     Args:
         root: The workspace.
         promote: Whether a challenger that passes the gate becomes champion.
         publish: Whether the champion then goes to the DVC remote and to git.
+        key: File of the private key that signs what the gate promotes; $TANUKI_SIGNING_KEY where None.
+        lease: A scheduled run's; a run that a person started needs none.
     """
+    private_key = promotion.signing_key(None if key is None else Path(key))
     layout = find_workspace(Path(root))
     with exclusive(layout, "retrain"), run_metrics.recorded(layout):
         if publish:
@@ -115,7 +126,7 @@ def retrain(root: Path | str = ".", promote: bool = True, publish: bool = False)
             export_onnx(layout),
             evaluate(layout),
         ]
-        verdict = judge(layout, promote)
+        verdict = judge(layout, promote, private_key, lease)
         published = publish_champion(layout) if publish and verdict.champion else None
     retrained = Retrained(tuple(state.result() for state in states), verdict, published)
     reports.publish(layout, retrained.stages, verdict)
@@ -123,9 +134,10 @@ def retrain(root: Path | str = ".", promote: bool = True, publish: bool = False)
 
 
 @task(name="gate", task_run_name="gate", tags=["gate"], cache_policy=NO_CACHE, persist_result=False)
-def judge(layout: Layout, promote: bool) -> promotion.Verdict:
-    """Registers the bundle, puts it before the gate, and promotes it if it passes."""
-    return promotion.judge(layout, promote=promote)
+def judge(layout: Layout, promote: bool, key: Path | None, lease: Lease | None) -> promotion.Verdict:
+    """Registers the bundle, puts it before the gate, and signs and promotes it if it passes."""
+    with lease.at_the_gate() if lease else nullcontext():
+        return promotion.judge(layout, promote=promote, key=key)
 
 
 @task(

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.event_log import MOVES
 from deploy.files import write_bytes
-from deploy.registry import Registry
+from flows.registries import registry_of
 from flows.workspace import data_version
 from tasks.layout import Layout
 
@@ -66,7 +66,7 @@ def record_retrain(layout: Layout, *, start: float, end: float, succeeded: bool)
     if layout.report("validate_data").is_file():
         facts = json.loads(layout.report("validate_data").read_bytes())
         gauge("data_images", "Images that passed validation.", facts["num_accepted"])
-    events = Registry(layout.registry_dir).events()
+    events = registry_of(layout).events()
     champion = events[-1].champion if events else None
     gauge("champion_version", "The version in production; 0 for none.", champion or 0)
     moved = next((event for event in reversed(events) if event.kind in MOVES), None)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from ruamel.yaml import YAML
 
@@ -28,6 +28,7 @@ TEMPORARY_FAILURE = 75
 """Exit code of a stage whose trouble may pass by itself, such as a network's (EX_TEMPFAIL of sysexits.h)."""
 
 TAIL_LINES = 40
+LOCK_POLL_S = 0.2
 DVC_CHATTER = re.compile(
     r"^$|^Running stage |^> |^Generating lock|^Updating lock|^Use `dvc push`|^Data and pipelines|^Stage '|^Verifying|"
     r"^To track the changes|^To enable auto|^\s+git add|^Skipping run, checking out|^ERROR: failed to (reproduce|run)"
@@ -38,6 +39,10 @@ logger = logging.getLogger(__name__)
 
 class WorkspaceError(TanukiError):
     """Something about the checkout, git or DVC that a user can mend."""
+
+
+class BusyError(WorkspaceError):
+    """Somebody else is at work in the workspace; it passes by itself."""
 
 
 class StageError(TanukiError):
@@ -95,31 +100,46 @@ def _require_repositories(folder: Path) -> None:
 
 
 @contextmanager
-def exclusive(layout: Layout, what: str) -> Iterator[None]:
+def exclusive(layout: Layout, what: str, *, wait_s: float = 0) -> Iterator[None]:
     """Holds the workspace's lock; the kernel lets go of it when this process and the DVC it started are gone.
 
     Whoever gets it mends first what a killed DVC left half written.
 
+    Args:
+        layout: The workspace.
+        what: For whom: the command's name.
+        wait_s: How long to wait for another process to let go of it.
+
     Raises:
-        WorkspaceError: If another process holds it; says which.
+        BusyError: If another process holds it; says which.
     """
     layout.lock.parent.mkdir(parents=True, exist_ok=True)
     with layout.lock.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        deadline = time.monotonic() + wait_s
+        while not _try_lock(file):
+            if time.monotonic() < deadline:
+                time.sleep(LOCK_POLL_S)
+                continue
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise WorkspaceError(
+            raise BusyError(
                 f"{layout.root} is busy: {holder} holds it. Wait until that has ended; "
                 "to run two at once, use a second clone with a shared DVC cache."
-            ) from error
+            )
         file.truncate(0)
         file.write(f"`tanuki {what}` (process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
         file.flush()
         os.set_inheritable(file.fileno(), True)
         mend(layout)
         yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def holder(layout: Layout) -> str | None:
@@ -144,7 +164,7 @@ def environment() -> dict[str, str]:
         "PATH": path if path.split(os.pathsep)[0] == scripts else scripts + os.pathsep + path,
         "DVC_NO_ANALYTICS": "1",
         "DO_NOT_TRACK": "1",
-        "ORT_DISABLE_TELEMETRY": os.environ.get("ORT_DISABLE_TELEMETRY", "1"),
+        "ORT_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
     }

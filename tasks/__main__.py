@@ -31,7 +31,7 @@ STAGES = (
     "evaluate",
 )
 
-RECIPES = ("pretrain", "suspects")
+RECIPES = ("pretrain", "suspects", "export_pretrained")
 """Run the same way, but no stage of the pipeline."""
 
 TEMPORARY_FAILURE = 75

@@ -17,6 +17,8 @@ from tasks.errors import BackboneError
 from tasks.models.backbone_card import BackboneCard, write_card
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tasks.layout import Layout
     from tasks.models.architectures import Network
     from tasks.models.weights import PretrainedWeights
@@ -72,9 +74,8 @@ def run(
     from tasks.export.graph import exporter_of, to_bytes
     from tasks.export.network import export_network, verify_network
     from tasks.export.preprocessing import preprocessing_graph
-    from tasks.models.weights import read_weights
 
-    weights = _overridden(read_weights(backbone.source, root=layout.root, sha256=backbone.sha256), backbone)
+    weights = chosen_weights(backbone, layout.root)
     network = _network(weights, features.depths)
     facts = {key: getattr(weights, key) for key in ("size_px", "crop_fraction", "mean", "std")}
     preprocess = to_bytes(preprocessing_graph(**facts, opset=export_onnx.opset))
@@ -100,6 +101,20 @@ def run(
         weights_sha256=card.weights_sha256,
         trunk_sha256=card.trunk_sha256,
     )
+
+
+def chosen_weights(backbone: BackboneParams, root: Path) -> PretrainedWeights:
+    """The weights that params.yaml names, with their own facts except where it says otherwise.
+
+    Raises:
+        BackboneError: If they cannot be had, or what is said of them cannot be.
+    """
+    from tasks.models.weights import read_labels, read_weights
+
+    weights = _overridden(read_weights(backbone.source, root=root, sha256=backbone.sha256), backbone)
+    if backbone.labels is None:
+        return weights
+    return dataclasses.replace(weights, labels=read_labels(backbone.labels, root=root))
 
 
 def _overridden(weights: PretrainedWeights, backbone: BackboneParams) -> PretrainedWeights:

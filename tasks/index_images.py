@@ -1,32 +1,35 @@
 """Stage index_images: one row an image of data/raw → data/manifest/images.parquet.
 
-Facts are kept by content: a file that was seen before, under whatever name, is not decoded again.
+Facts are kept by content: a file that was seen before, under whatever name, is not decoded again. Rows go to the
+manifest a group at a time, so that memory does not follow the number of images but for their names.
 """
 
 import logging
+import shutil
 import time
+from array import array
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import numpy as np
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from deploy.files import sha256_bytes
 from deploy.machine import available_cores
-from tasks.data.facts import image_facts
+from tasks.data.facts import Look, look_at, with_hashes
 from tasks.data.image_files import ImageFile, Listing
 from tasks.data.image_store import ImageStore, open_images, require_layout
-from tasks.data.manifest import (
-    Facts,
-    Row,
-    read_known_facts,
-    rows_to_frame,
-    write_manifest,
-)
+from tasks.data.known_facts import KnownFacts
+from tasks.data.manifest import ROWS_PER_GROUP, Facts, Row, manifest_writer, rows_to_table
 from tasks.data.splits import SPLITS, assigned_split
 from tasks.errors import DataError
-from tasks.parallel import ordered_map
+from tasks.parallel import ITEMS_PER_THREAD, ordered_map
 from tasks.progress import progress
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAVE_INTERVAL_S = 30.0
+IMAGES_PER_TASK = 16
 NUM_NAMED = 5
 
 
@@ -68,6 +72,28 @@ class IndexImagesReport:
     images_per_class: dict[str, dict[str, int]]
 
 
+@dataclass
+class Tally:
+    """What is counted while rows go by.
+
+    Args:
+        reused: Images whose bytes were known.
+        errors: Rows that do not decode.
+        images: Rows of each class and split.
+        groups: The first 8 bytes of each row's near-duplicate group.
+    """
+
+    reused: int = 0
+    errors: int = 0
+    images: Counter[tuple[str, str]] = field(default_factory=Counter)
+    groups: "array[int]" = field(default_factory=lambda: array("Q"))
+
+    def count(self, rows: list[Row]) -> None:
+        self.errors += sum(row.facts.error is not None for row in rows)
+        self.images.update((row.label, row.split) for row in rows)
+        self.groups.extend(int(row.facts.group[:16], 16) for row in rows)
+
+
 def run(layout: "Layout", *, seed: int, data: "DataParams", index_images: "IndexImagesParams") -> IndexImagesReport:
     """Writes the manifest of data/raw.
 
@@ -79,20 +105,25 @@ def run(layout: "Layout", *, seed: int, data: "DataParams", index_images: "Index
     require_layout(images, data.layout, layout.raw)
     listing = images.listing()
     _check(listing, layout.raw)
-    known = read_known_facts(layout.images_partial) | read_known_facts(layout.images)
+    known = KnownFacts([*sorted(layout.images_partial.glob("*.parquet")), layout.images])
     max_pixels = round(index_images.max_megapixels * 1e6)
-    facts = _all_facts(layout, images, listing.images, known, max_pixels)
-    rows = _rows(listing, facts, seed, index_images.val_fraction, index_images.test_fraction)
-    write_manifest(layout.images, rows_to_frame(rows))
-    layout.images_partial.unlink(missing_ok=True)
-    reused = sum(known.get(each.sha256) is each for each in facts)
-    logger.info("%d images: %d decoded, %d known from before", len(facts), len(facts) - reused, reused)
-    return _report(rows, listing, reused)
+    tally = Tally()
+    with manifest_writer(layout.images) as manifest, threadpool_limits(1, user_api="blas"):
+        facts = _all_facts(layout, images, listing.images, known, max_pixels, tally)
+        rows = _rows(listing, facts, seed, index_images.val_fraction, index_images.test_fraction)
+        while group := list(islice(rows, ROWS_PER_GROUP)):
+            tally.count(group)
+            manifest.write(rows_to_table(group))
+    shutil.rmtree(layout.images_partial, ignore_errors=True)
+    num_images = len(listing.images)
+    logger.info("%d images: %d decoded, %d known from before", num_images, num_images - tally.reused, tally.reused)
+    return _report(listing, tally)
 
 
-def _rows(listing: Listing, facts: list[Facts], seed: int, val_fraction: float, test_fraction: float) -> list[Row]:
+def _rows(
+    listing: Listing, facts: Iterable[Facts], seed: int, val_fraction: float, test_fraction: float
+) -> Iterator[Row]:
     """A row an image, with its split."""
-    rows = []
     for image, each in zip(listing.images, facts, strict=True):
         split = assigned_split(
             each.group,
@@ -102,8 +133,7 @@ def _rows(listing: Listing, facts: list[Facts], seed: int, val_fraction: float, 
             val_fraction=val_fraction,
             test_fraction=test_fraction,
         )
-        rows.append(Row(image.path, image.label, each, split, official_split=image.split == split))
-    return rows
+        yield Row(image.path, image.label, each, split, official_split=image.split == split)
 
 
 def _check(listing: Listing, raw: Path) -> None:
@@ -129,51 +159,71 @@ def _check(listing: Listing, raw: Path) -> None:
 
 
 def _all_facts(
-    layout: "Layout", store: ImageStore, images: tuple[ImageFile, ...], known: dict[str, Facts], max_pixels: int
-) -> list[Facts]:
-    """The facts of every image, in order; saves what it has every half a minute, so that a kill loses little."""
-    facts: list[Facts] = []
-    saved_at = time.monotonic()
-    for each in progress(_map_facts(store, images, known, max_pixels), total=len(images), what="index_images"):
-        facts.append(each)
-        if time.monotonic() - saved_at > SAVE_INTERVAL_S:
-            rows = [
-                Row(image.path, image.label, done, "train", False) for image, done in zip(images, facts, strict=False)
-            ]
-            write_manifest(layout.images_partial, rows_to_frame(rows))
-            saved_at = time.monotonic()
-    return facts
-
-
-def _map_facts(
-    store: ImageStore, images: tuple[ImageFile, ...], known: dict[str, Facts], max_pixels: int
+    layout: "Layout",
+    store: ImageStore,
+    images: tuple[ImageFile, ...],
+    known: KnownFacts,
+    max_pixels: int,
+    tally: Tally,
 ) -> Iterator[Facts]:
-    """Facts of the images in order, on all cores. Threads: decoding and resizing leave the lock."""
-    return ordered_map(partial(_facts_of_file, store, known, max_pixels), images, workers=available_cores())
+    """The facts of every image, in order; saves what it has every half a minute, so that a kill loses little."""
+    unsaved: list[Row] = []
+    saved_at = time.monotonic()
+    seen = progress(_seen(store, images, known, max_pixels), total=len(images), what="index_images")
+    for image, (facts, is_known) in zip(images, seen, strict=True):
+        tally.reused += is_known
+        unsaved += [] if is_known else [Row(image.path, image.label, facts, "train", False)]
+        if len(unsaved) == ROWS_PER_GROUP or (unsaved and time.monotonic() - saved_at > SAVE_INTERVAL_S):
+            _save_part(layout.images_partial, unsaved)
+            unsaved, saved_at = [], time.monotonic()
+        yield facts
 
 
-def _facts_of_file(store: ImageStore, known: dict[str, Facts], max_pixels: int, image: ImageFile) -> Facts:
+def _save_part(folder: Path, rows: list[Row]) -> None:
+    """Saves rows beside those that were saved before."""
+    with manifest_writer(folder / f"{uuid4().hex}.parquet") as part:
+        part.write(rows_to_table(rows))
+
+
+def _seen(
+    store: ImageStore, images: tuple[ImageFile, ...], known: KnownFacts, max_pixels: int
+) -> Iterator[tuple[Facts, bool]]:
+    """Facts of the images in order, on all cores, and whether they were known. Threads: decoding leaves the lock."""
+    workers = available_cores()
+    size = max(1, min(IMAGES_PER_TASK, len(images) // (ITEMS_PER_THREAD * workers)))
+    tasks = (images[start : start + size] for start in range(0, len(images), size))
+    for each in ordered_map(partial(_see, store, known, max_pixels), tasks, workers=workers):
+        yield from each
+
+
+def _see(
+    store: ImageStore, known: KnownFacts, max_pixels: int, images: tuple[ImageFile, ...]
+) -> list[tuple[Facts, bool]]:
     """Known facts where they still hold under ``max_pixels``, else new ones."""
-    data = store.file(image.path).read_bytes()
-    facts = known.get(sha256_bytes(data))
-    if facts is not None and facts.error is None and facts.width * facts.height <= max_pixels:
-        return facts
-    return image_facts(data, max_pixels=max_pixels)
+    looks: list[Look] = []
+    for image in images:
+        data = store.file(image.path).read_bytes()
+        sha256 = sha256_bytes(data)
+        facts = known.get(sha256)
+        if facts is not None and facts.width * facts.height <= max_pixels:
+            looks.append(Look(facts, None, is_known=True))
+        else:
+            looks.append(look_at(data, sha256, max_pixels=max_pixels))
+    return list(zip(with_hashes(looks), (look.is_known for look in looks), strict=True))
 
 
-def _report(rows: list[Row], listing: Listing, reused: int) -> IndexImagesReport:
-    labels = sorted({row.label for row in rows})
-    counts = Counter((row.label, row.split) for row in rows)
-    splits = Counter(row.split for row in rows)
+def _report(listing: Listing, tally: Tally) -> IndexImagesReport:
+    labels = sorted({label for label, _ in tally.images})
+    splits: dict[str, int] = {split: sum(tally.images[label, split] for label in labels) for split in SPLITS}
     return IndexImagesReport(
-        num_images=len(rows),
+        num_images=len(listing.images),
         num_classes=len(labels),
-        decoded=len(rows) - reused,
-        reused=reused,
-        num_errors=sum(row.facts.error is not None for row in rows),
+        decoded=len(listing.images) - tally.reused,
+        reused=tally.reused,
+        num_errors=tally.errors,
         num_skipped=len(listing.skipped),
-        num_groups=len({row.facts.group for row in rows}),
+        num_groups=len(np.unique(tally.groups)),
         official_splits=sorted(listing.official_splits),
-        images_per_split={split: splits[split] for split in SPLITS},
-        images_per_class={label: {split: counts[label, split] for split in SPLITS} for label in labels},
+        images_per_split=splits,
+        images_per_class={label: {split: tally.images[label, split] for split in SPLITS} for label in labels},
     )

@@ -47,8 +47,8 @@ class Layout:
 
     @property
     def images_partial(self) -> Path:
-        """What an interrupted index_images had found; not a DVC output."""
-        return self.data / "manifest" / ".images.partial.parquet"
+        """Parts of the manifest that an interrupted index_images had saved; not a DVC output."""
+        return self.data / "manifest" / ".images.partial"
 
     @property
     def accepted(self) -> Path:
@@ -92,6 +92,11 @@ class Layout:
     def trunk_onnx(self) -> Path:
         """Pixels float32 (N, 3, S, S) → embedding float32 (N, D), frozen."""
         return self.backbone_dir / "trunk.onnx"
+
+    @property
+    def pretrained_bundle_dir(self) -> Path:
+        """A backbone's own classifier as a bundle (`tanuki pretrained export`); no DVC output."""
+        return self.data / "pretrained" / "bundle"
 
     @property
     def features_dir(self) -> Path:
@@ -216,3 +221,58 @@ class Layout:
     def lock(self) -> Path:
         """Held by whoever changes the workspace."""
         return self.root / ".dvc" / "tmp" / "tanuki.lock"
+
+    @property
+    def inbox(self) -> Path:
+        """Where others may drop labelled images for the schedule `ingest`; in neither git nor DVC."""
+        return self.data / "inbox"
+
+    @property
+    def pretrained_dir(self) -> Path:
+        """Backbones that `tanuki pretrain` made; in neither git nor DVC."""
+        return self.data / "pretrained"
+
+    @property
+    def operations_dir(self) -> Path:
+        """What `tanuki up` keeps: logs, the clones that runs work in, Prefect's database; in neither git nor DVC."""
+        return self.root / ".tanuki"
+
+    @property
+    def prefect_home(self) -> Path:
+        """PREFECT_HOME of `tanuki up`."""
+        return self.operations_dir / "prefect"
+
+    @property
+    def up_lock(self) -> Path:
+        """Held by `tanuki up` while it runs."""
+        return self.operations_dir / "up.lock"
+
+    @property
+    def up_facts(self) -> Path:
+        """Where the parts of the running `tanuki up` answer, and what was deployed."""
+        return self.operations_dir / "up.json"
+
+    @property
+    def logs_dir(self) -> Path:
+        """A log file for each part of `tanuki up`."""
+        return self.operations_dir / "logs"
+
+    @property
+    def clones_dir(self) -> Path:
+        """The clones that scheduled runs work in (flows/clones.py)."""
+        return self.operations_dir / "clones"
+
+    @property
+    def fence(self) -> Path:
+        """The numbers of the leases that were given and admitted (flows/lease.py)."""
+        return self.operations_dir / "fence.json"
+
+    @property
+    def signals(self) -> Path:
+        """Which signals are raised (flows/signals.py)."""
+        return self.operations_dir / "signals.json"
+
+    @property
+    def schedules(self) -> Path:
+        """The deployments and their schedules, for `prefect deploy --prefect-file`."""
+        return self.root / "deploy" / "prefect.yaml"

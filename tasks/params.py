@@ -46,6 +46,7 @@ class BackboneParams(Section):
     architecture: str | None
     sha256: str | None
     licence: str | None
+    labels: str | None
     size_px: Annotated[int, Field(ge=16, le=1024)] | None
     crop_fraction: Annotated[float, Field(gt=0, le=1)] | None
     mean: PerChannel | None

@@ -178,6 +178,21 @@ def test_every_make_target_in_the_readme_exists(repository: Path) -> None:
     assert named <= targets
 
 
+def test_whoever_imports_onnxruntime_has_turned_its_telemetry_off(repository: Path) -> None:
+    """That is done by deploy.runtime, or by importing what imports it first; type checking imports nothing."""
+    for room in ROOMS:
+        for file in (repository / room).rglob("*.py"):
+            imported = [
+                node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                for node in ast.parse(file.read_text()).body
+                if isinstance(node, ast.ImportFrom | ast.Import)
+            ]
+            ours = [at for at, name in enumerate(imported) if name in ("deploy.runtime", "deploy.predictor")]
+            theirs = [at for at, name in enumerate(imported) if name and name.split(".")[0] == "onnxruntime"]
+            turns_it_off = 'os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")' in file.read_text()
+            assert turns_it_off or not theirs or (ours and ours[0] < theirs[0]), file
+
+
 def test_nothing_is_ever_unpickled(repository: Path) -> None:
     forbidden = re.compile(
         r"\b(import pickle|from pickle|joblib|cloudpickle|weights_only\s*=\s*False|allow_pickle\s*=\s*True)\b"

@@ -1,5 +1,5 @@
 """``python -m deploy.serving``: the server without the command line around it."""
 
-from deploy.serving.server import main
+from deploy.serving.command import main
 
 main(program="python -m deploy.serving")

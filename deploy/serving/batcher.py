@@ -4,6 +4,9 @@ An idle thread takes ceil(waiting / idle threads) pictures, so that a second cor
 artificial delay is ever added. A picture is decoded and preprocessed alone and answered in a batch. One session serves
 all threads (deploy/runtime.py).
 
+What is asked aside (deploy/serving/comparison.py) is done a picture at a time, when no request waits and, where there
+are several threads, another one is idle: a request finds a thread at once, or at the end of one picture.
+
 The event loop counts, times out and refuses; the threads only work. What passes between them is one queue under a lock
 and one callback a batch.
 """
@@ -27,6 +30,7 @@ from deploy.serving.live_model import LiveModel
 
 # Larger batches are slower for small networks (cache), and make the others wait.
 MAX_BATCH = 4
+MAX_ASIDE = 64  # pictures that wait for a moment which nobody else needs
 
 Picture = bytes | NDArray[np.uint8]
 
@@ -75,6 +79,7 @@ class _Request:
     outcomes: list[Outcome | None]
     remaining: int
     queued_at: float
+    is_aside: bool = False
     dropped: bool = False
 
 
@@ -105,8 +110,10 @@ class Batcher:
     on_batch: Callable[[BatchTimes], None]
     max_batch: int = MAX_BATCH
     waiting: int = 0  # pictures, those being worked on included
+    waiting_aside: int = 0
     _seconds_each: float = 0.01  # smoothed time of a picture on one thread
     _jobs: deque[_Job] = field(default_factory=deque)
+    _aside: deque[_Job] = field(default_factory=deque)
     _ready: threading.Condition = field(default_factory=threading.Condition)
     _idle: int = 0
     _closed: bool = False
@@ -119,13 +126,16 @@ class Batcher:
             worker.start()
             self._workers.append(worker)
 
-    async def answer(self, model: LiveModel, pictures: Sequence[Picture], *, timeout_s: float) -> list[Outcome]:
+    async def answer(
+        self, model: LiveModel, pictures: Sequence[Picture], *, timeout_s: float | None, is_aside: bool = False
+    ) -> list[Outcome]:
         """Answers the pictures of one request, in their order.
 
         Args:
             model: Who answers, whatever is promoted meanwhile.
             pictures: Encoded, or upright RGB uint8 (H, W, 3).
-            timeout_s: After this the request is given up, and what of it still waits is dropped.
+            timeout_s: After this the request is given up, and what of it still waits is dropped; None for never.
+            is_aside: Nobody waits for the answer: everything else comes first.
 
         Returns:
             For each picture the answer, or why it has none.
@@ -133,7 +143,9 @@ class Batcher:
         Raises:
             RequestError: If too much waits already, or the time is over.
         """
-        if self.waiting + len(pictures) > self.max_waiting:
+        if is_aside and self.waiting_aside + len(pictures) > MAX_ASIDE:
+            raise RequestError(TOO_MANY, "no time for what nobody waits for")
+        if not is_aside and self.waiting + len(pictures) > self.max_waiting:
             raise RequestError(
                 TOO_MANY,
                 f"too many requests: {self.waiting} pictures wait, {self.max_waiting} may",
@@ -142,18 +154,19 @@ class Batcher:
         if self._closed:
             raise RequestError(UNAVAILABLE, "the server is shutting down")
         future: asyncio.Future[None] = self._loop.create_future()
-        request = _Request(model, future, [None] * len(pictures), len(pictures), time.monotonic())
+        request = _Request(model, future, [None] * len(pictures), len(pictures), time.monotonic(), is_aside)
         jobs = [_Job(request, index, picture) for index, picture in enumerate(pictures)]
-        self.waiting += len(pictures)
+        self._count(request, len(pictures))
         model.in_flight += 1
         with self._ready:
-            self._jobs.extend(jobs)
+            (self._aside if is_aside else self._jobs).extend(jobs)
             self._ready.notify(len(jobs))
-        timer = self._loop.call_later(timeout_s, _expire, request, timeout_s)
+        timer = None if timeout_s is None else self._loop.call_later(timeout_s, _expire, request, timeout_s)
         try:
             await future
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
             request.dropped = True
             model.in_flight -= 1
         return request.outcomes  # type: ignore[return-value]  # all are there when the future is done
@@ -178,14 +191,21 @@ class Batcher:
         """Waits for work and takes this thread's fair share of it, for one model; nothing when all is over."""
         with self._ready:
             self._idle += 1
-            while not self._jobs and not self._closed:
+            while not self._jobs and not self._closed and not self._may_take_aside():
                 self._ready.wait()
             share = min(math.ceil(len(self._jobs) / self._idle), self.max_batch)
+            may_take_aside = self._may_take_aside()
             self._idle -= 1
+            if not self._jobs and may_take_aside and not self._closed:
+                return [self._aside.popleft()]
             taken: list[_Job] = []
             while len(taken) < share and (not taken or self._jobs[0].request.model is taken[0].request.model):
                 taken.append(self._jobs.popleft())
             return taken
+
+    def _may_take_aside(self) -> bool:
+        """Whether an idle thread may do what nobody waits for: where another one is idle too, or there is only one."""
+        return bool(self._aside) and (self._idle > 1 or self.threads == 1)
 
     def _run(self, jobs: list[_Job], started: float) -> BatchTimes:
         """Fills in the outcomes of jobs of one model."""
@@ -220,7 +240,7 @@ class Batcher:
 
     def _deliver(self, jobs: list[_Job], times: BatchTimes | None, seconds: float) -> None:
         """On the event loop: wakes the requests that are complete."""
-        self.waiting -= len(jobs)
+        self._count(jobs[0].request, -len(jobs))
         for job in jobs:
             request = job.request
             request.remaining -= 1
@@ -229,6 +249,13 @@ class Batcher:
         if times is not None:
             self._seconds_each += 0.1 * (seconds / len(jobs) - self._seconds_each)
             self.on_batch(times)
+
+    def _count(self, request: _Request, num: int) -> None:
+        """Of pictures that wait; a batch is of one kind."""
+        if request.is_aside:
+            self.waiting_aside += num
+        else:
+            self.waiting += num
 
 
 def _expire(request: _Request, timeout_s: float) -> None:

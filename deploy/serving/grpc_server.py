@@ -35,7 +35,6 @@ from deploy.serving.inference_protocol import (
     check_output,
     model_config,
     model_metadata,
-    model_statistics,
     outputs_of,
     pack_bytes,
     pictures_of_json,
@@ -103,9 +102,8 @@ class InferenceService:
     async def model_statistics(self, request: Any, context: Context) -> Any:  # noqa: ARG002
         models = self.service.models
         if request.name:
-            models.resolve(request.name)
-        found = [models.resolve(request.name, request.version)] if request.version else models.loaded
-        statistics = [model_statistics(each, models.name) for each in found]
+            models.resolve(request.name, request.version)
+        statistics = await self.service.statistics(request.version)
         for each in statistics:
             del each["batch_stats"]
         return self.types["ModelStatisticsResponse"](model_stats=statistics)
@@ -124,7 +122,7 @@ class InferenceService:
 
     async def model_infer(self, request: Any, context: Context) -> Any:
         models = self.service.models
-        model = models.resolve(request.model_name, request.model_version)
+        model = self.service.choose(request.model_name, request.model_version)
         asked = self._understood(request)
         limits = [limit for limit in (asked.timeout_s, context.time_remaining()) if limit is not None]
         outcomes = await self.service.answer(
@@ -210,7 +208,7 @@ class GrpcServer:
             options=[
                 ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_concurrent_streams", settings.max_waiting),
-                ("grpc.so_reuseport", 0),  # a port in use should be told, not shared
+                ("grpc.so_reuseport", int(service.has_peers)),  # a port in use should be told, not shared
             ]
         )
         self._server.add_generic_rpc_handlers([self._inference(), self._health()])

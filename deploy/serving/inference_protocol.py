@@ -15,7 +15,7 @@ References:
 import base64
 import binascii
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -323,6 +323,21 @@ def model_statistics(model: LiveModel, name: str) -> dict[str, Any]:
         },
         "batch_stats": [],
     }
+
+
+def summed_statistics(processes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Statistics of the same versions in several processes, added up; in the order of the versions."""
+    summed: dict[int, dict[str, Any]] = {}
+    for each in processes:
+        known = summed.setdefault(int(each["version"]), each)
+        if known is each:
+            continue
+        known["last_inference"] = max(known["last_inference"], each["last_inference"])
+        for key in ("inference_count", "execution_count"):
+            known[key] += each[key]
+        for key, done in each["inference_stats"].items():
+            known["inference_stats"][key] = {unit: known["inference_stats"][key][unit] + n for unit, n in done.items()}
+    return [done for _, done in sorted(summed.items())]
 
 
 def timeout_of(parameters: Mapping[str, Any]) -> float | None:

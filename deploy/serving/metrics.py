@@ -1,6 +1,7 @@
 """What Prometheus reads. Everything is counted on the event loop."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from prometheus_client import (
@@ -11,29 +12,34 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 
 from deploy.serving.batcher import BatchTimes
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 PICTURES = (1, 2, 3, 4, 8, 16)
 MAX_RUN_BYTES = 65_536
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+# Name, documentation, type, and samples: name, labels and value.
+Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]
+
 
 class Metrics:
-    """The counters of one server.
+    """The counters of one process.
 
     Args:
         waiting: Tells how many pictures wait.
         champion: Tells the version that answers; 0 for none.
-        of_runs: A folder of text files that tell of retrains and the like (flows/run_metrics.py); may be missing.
+        worker: The number of the process, where there are several.
     """
 
-    def __init__(self, *, waiting: Callable[[], int], champion: Callable[[], int], of_runs: Path) -> None:
-        self._of_runs = of_runs
+    def __init__(self, *, waiting: Callable[[], int], champion: Callable[[], int], worker: int | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each counter, which nobody reads
         self._registry = registry = CollectorRegistry()
+        self._of = {} if worker is None else {"worker": str(worker)}
         self._looked_up: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         ProcessCollector(registry=registry)
         self._requests = Counter(
@@ -57,6 +63,14 @@ class Metrics:
         self._captured = Counter("tanuki_captured", "Answers kept for drift, or dropped.", ["fate"], registry=registry)
         for fate in ("kept", "dropped"):
             self._captured.labels(fate)
+        pair = ["champion", "challenger"]
+        self._compared = Counter(
+            "tanuki_compared", "Pictures of two versions, by outcome.", [*pair, "fate"], registry=registry
+        )
+        self._distance = Histogram(
+            "tanuki_compared_distance", "Total variation distance of two versions' answers to a picture.", pair,
+            buckets=SHARES, registry=registry,
+        )  # fmt: skip
         for outcome in ("swapped", "refused"):
             self._reloads.labels(outcome)
         Gauge("tanuki_waiting_pictures", "Pictures that wait or are worked on.", registry=registry).set_function(
@@ -90,14 +104,55 @@ class Metrics:
         """Counts a champion that was taken over, or refused."""
         self._reloads.labels(outcome).inc()
 
+    def compared(self, champion: int, challenger: int, fate: str, distance: float) -> None:
+        """Counts a picture that two versions were asked about, or that there was no time for."""
+        self._compared.labels(champion, challenger, fate).inc()
+        if fate in ("same", "other"):
+            self._distance.labels(champion, challenger).observe(distance)
+
     def captured(self, fate: str, rows: int) -> None:
         """Counts answers that were kept for drift, or dropped."""
         self._captured.labels(fate).inc(rows)
 
-    def text(self) -> bytes:
-        """All of it, as Prometheus reads it, and what runs have left to be told."""
-        own = generate_latest(self._registry)
-        return b"".join([own, *map(_of_run, sorted(self._of_runs.glob("*.prom")))])
+    def families(self) -> list[Family]:
+        """All of it, as this process counted it."""
+        return [
+            (
+                each.name,
+                each.documentation,
+                each.type,
+                [(s.name, {**s.labels, **self._of}, s.value) for s in each.samples],
+            )
+            for each in self._registry.collect()
+        ]
+
+
+class _Collected:
+    """Families of several processes, as a collector."""
+
+    def __init__(self, processes: Iterable[Sequence[Family]]) -> None:
+        self._processes = processes
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for name, text, kind, samples in itertools.chain.from_iterable(self._processes):
+            family = families.setdefault(name, Metric(name, text, kind))
+            for sample in samples:
+                family.add_sample(*sample)
+        yield from families.values()
+
+
+def metrics_text(processes: Iterable[Sequence[Family]], *, of_runs: Path) -> bytes:
+    """As Prometheus reads it, and what runs have left to be told; series of processes differ by their label ``worker``.
+
+    Counts are not added up: a worker that was replaced begins at 0, and Prometheus sees that in a series of its own.
+
+    Args:
+        processes: What each process counted.
+        of_runs: A folder of text files that tell of retrains and the like (flows/run_metrics.py); may be missing.
+    """
+    own = generate_latest(_Collected(processes))
+    return b"".join([own, *map(_of_run, sorted(of_runs.glob("*.prom")))])
 
 
 def _of_run(path: Path) -> bytes:

@@ -26,7 +26,6 @@ from deploy.registry import CARD, Registry, Version
 from deploy.serving.errors import NOT_FOUND, UNAVAILABLE, RequestError
 from deploy.serving.live_model import LiveModel
 
-POINTER = "champion.json"  # the one file of a registry that a server watches
 RETRY_S = 15.0  # a refused champion is looked at again: the disk may have been away
 NICENESS = 10
 WARM_UP_RUNS = 2
@@ -58,6 +57,7 @@ class Models:
     ) -> None:
         self.name = name
         self.champion: LiveModel | None = None
+        self.challenger: LiveModel | None = None  # compared with the champion, or given a share
         self.problem: str | None = None  # why the registry's champion is not the one that answers
         self._registry = registry
         self._keep = keep
@@ -72,7 +72,19 @@ class Models:
     @property
     def loaded(self) -> list[LiveModel]:
         """All versions that answer, in the order of their numbers."""
-        return [model for _, model in sorted(self._loaded.items())]
+        return [model for _, model in sorted(self._answering.items())]
+
+    @property
+    def _answering(self) -> dict[int, LiveModel]:
+        return self._loaded if self.challenger is None else {self.challenger.version: self.challenger} | self._loaded
+
+    def add_challenger(self, version: int) -> None:
+        """Loads a version that the champion is compared with, for as long as this server runs.
+
+        Raises:
+            TanukiError: If it cannot answer.
+        """
+        self.challenger = self._of(self._registry.version(version))
 
     def resolve(self, name: str, version: str | None = None) -> LiveModel:
         """The version that a request asks for; the champion where it names none.
@@ -85,7 +97,7 @@ class Models:
         if not version:
             return self.require_champion()
         is_number = version.isascii() and version.isdecimal() and len(version) < 19
-        found = self._loaded.get(int(version)) if is_number else None
+        found = self._answering.get(int(version)) if is_number else None
         if found is None:
             raise RequestError(NOT_FOUND, f"Request for unknown model: '{name}' version {version} is not found")
         return found
@@ -117,10 +129,9 @@ class Models:
     def _stamp(self) -> tuple[int, ...] | None:
         """What changes when the pointer is replaced."""
         try:
-            stat = (self._registry.root / POINTER).stat()
-        except OSError:
+            return self._registry.stamp()
+        except RegistryError:  # one behind a URL that was never reached: looking closer tells why
             return None
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
     def _follow(self) -> None:
         """Makes the registry's champion the champion here, or says why not."""
@@ -128,7 +139,7 @@ class Models:
             wanted = self._registry.champion()
             if wanted is None:
                 if self.champion is not None:
-                    raise RegistryError(f"{self._registry.root} names no champion any more.")
+                    raise RegistryError(f"{self._registry.place} names no champion any more.")
                 return
             if self.champion is None or self.champion.bundle.digest != wanted.digest:
                 self._swap_in(self._of(wanted))
@@ -144,7 +155,7 @@ class Models:
 
     def _of(self, version: Version) -> LiveModel:
         """The version, loaded now unless it still is."""
-        kept = self._loaded.get(version.id)
+        kept = self._answering.get(version.id)
         if kept is not None and kept.bundle.digest == version.digest:
             return kept
         start = time.monotonic()

@@ -121,13 +121,20 @@ def _schemas() -> Schema:
     prediction = _object(
         {"name": TEXT, "label": TEXT, "probability": SHARE, "top": _list(ranked), "error": TEXT}, required=("name",)
     )
+    share = {"type": ["number", "null"], "minimum": 0, "maximum": 1.000001}
     wanted = _object({"name": TEXT, "parameters": _object()}, required=("name",))
     return {
         "Error": _object({"error": TEXT}),
         "Predictions": _object({"request_id": TEXT, "model": TEXT, "version": TEXT, "predictions": _list(prediction)}),
         "Model": _object(
             {"name": TEXT, "version": TEXT, "versions": _list(TEXT), "digest": TEXT, "labels": _list(TEXT),
-             "card": {"type": ["string", "null"]}, "lineage": _object(), "problem": {"type": ["string", "null"]}}
+             "card": {"type": ["string", "null"]}, "lineage": _object(), "problem": {"type": ["string", "null"]},
+             "comparisons": _list(_ref("Comparison"))}
+        ),
+        "Comparison": _object(
+            {"champion": TEXT, "challenger": TEXT, "pictures": COUNT, "same_label": share, "mean_distance": share,
+             "champion_confidence": share, "challenger_confidence": share, "failed": COUNT, "dropped": COUNT,
+             "other_labels": _list(_object({"champion": TEXT, "challenger": TEXT, "pictures": COUNT}))}
         ),
         "Server": _object({"name": TEXT, "version": TEXT, "extensions": _list(TEXT)}),
         "IndexEntry": _object({"name": TEXT, "version": TEXT, "state": TEXT}),

@@ -28,7 +28,7 @@ async def page(reply: Reply, call: Call) -> Reply:  # noqa: ARG001
 
 
 async def model(call: Call) -> Reply:
-    """The champion's labels, model card and lineage, and why a newer one was refused."""
+    """The champion's labels, model card and lineage, why a newer one was refused, and what a second version says."""
     models = call.service.models
     champion = models.require_champion()
     return json_reply(
@@ -41,6 +41,7 @@ async def model(call: Call) -> Reply:
             "card": champion.card,
             "lineage": champion.lineage,
             "problem": models.problem,
+            "comparisons": await call.service.comparisons(),
         }
     )
 

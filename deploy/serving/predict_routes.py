@@ -33,7 +33,7 @@ def predict_routes(service: Service) -> list[BaseRoute]:
 async def predict(call: Call) -> Reply:
     """Classifies one picture (the body itself) or several (a form's files)."""
     service = call.service
-    model = service.models.resolve(service.models.name, call.query("version"))
+    model = service.choose(service.models.name, call.query("version"))
     top = _top(call.query("top"))
     pictures = await _pictures(call, await call.body())
     if not pictures:
@@ -54,7 +54,7 @@ async def predict(call: Call) -> Reply:
 
 async def metrics(call: Call) -> Reply:
     """For Prometheus."""
-    return Reply(call.service.metrics.text(), content_type=CONTENT_TYPE.encode())
+    return Reply(await call.service.metrics_text(), content_type=CONTENT_TYPE.encode())
 
 
 def _prediction(name: str, outcome: Outcome, model: LiveModel, top: int) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from deploy.serving.inference_protocol import (
     bad,
     model_config,
     model_metadata,
-    model_statistics,
     outputs_of,
 )
 from deploy.serving.service import Service
@@ -56,7 +55,7 @@ def protocol_routes(service: Service) -> list[BaseRoute]:
 async def infer(call: Call) -> Reply:
     """Answers a request's pictures."""
     service = call.service
-    model = service.models.resolve(str(call.path("model")), call.path("version"))
+    model = service.choose(str(call.path("model")), call.path("version"))
     body = await call.body()
     header = call.headers.get(HEADER_LENGTH)
     parse = partial(
@@ -117,14 +116,10 @@ async def config(call: Call) -> Reply:
 
 async def statistics(call: Call) -> Reply:
     """What the versions did, in Triton's terms."""
-    models = call.service.models
-    if call.path("version"):
-        found = [models.resolve(str(call.path("model")), call.path("version"))]
-    else:
-        if call.path("model"):
-            models.resolve(str(call.path("model")))
-        found = models.loaded
-    return json_reply({"model_stats": [model_statistics(each, models.name) for each in found]})
+    name, version = call.path("model"), call.path("version")
+    if name:
+        call.service.models.resolve(name, version)
+    return json_reply({"model_stats": await call.service.statistics(version)})
 
 
 async def repository_index(call: Call) -> Reply:

@@ -1,13 +1,11 @@
-"""The process: sockets, signals, logs, start and end."""
+"""The process that answers: connections, signals, start and end."""
 
 import asyncio
 import logging
 import resource
 import socket
 import ssl
-import sys
 import time
-from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -16,21 +14,20 @@ from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from deploy.errors import TanukiError
-from deploy.json_log import JsonFormatter
 from deploy.serving.endpoint import Endpoint
 from deploy.serving.errors import ServingError
+from deploy.serving.listening import listen
 from deploy.serving.openapi import openapi_routes
 from deploy.serving.page_routes import page_routes
 from deploy.serving.predict_routes import predict_routes
 from deploy.serving.protocol_routes import protocol_routes
 from deploy.serving.service import Service
-from deploy.serving.settings import LOOPBACK, Settings, parse_settings
+from deploy.serving.settings import LOOPBACK, Settings
 
 if TYPE_CHECKING:
     from deploy.serving.grpc_server import GrpcServer
+    from deploy.serving.worker import Worker
 
-BACKLOG = 2048
 SPARE_FILES = 256  # for everything but connections
 KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its side, so that it is the proxy who closes
 MAX_HEAD_BYTES = 65_536
@@ -140,15 +137,20 @@ class Server(uvicorn.Server):
         await asyncio.gather(*ends)
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, *, worker: "Worker | None" = None) -> None:
     """Serves until it is told to stop.
+
+    Args:
+        settings: How.
+        worker: Which of several processes this is; None where it is alone.
 
     Raises:
         TanukiError: If it cannot start.
     """
     _allow_connections(settings.max_connections)
-    listener = _listen(settings)
-    service = Service(settings)
+    # Alone, a port in use is told at once; a worker must not be given connections before it can answer.
+    listener = None if worker else listen(settings)
+    service = Service(settings, worker=worker)
     service.load()
     config = uvicorn.Config(
         Application(service),
@@ -172,15 +174,20 @@ def serve(settings: Settings) -> None:
         raise ServingError(
             f"{settings.tls_cert} and {settings.tls_key} are no certificate and its key: {error}"
         ) from error
-    _warn_if_open(settings)
+    if worker is None or worker.number == 0:
+        _warn_if_open(settings)
+    if listener is None:
+        assert worker is not None
+        listener = listen(settings, port=worker.port, is_shared=True)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_run(config, service, listener))
 
 
 async def _run(config: uvicorn.Config, service: Service, listener: socket.socket) -> None:
-    service.start()
+    await service.start()
     try:
         beside = await _start_grpc(service)
+        await service.join_peers()
         host, port = listener.getsockname()[:2]
         facts = {"host": host, "port": port, "grpc_port": beside.port if beside else None}
         champion = service.models.champion
@@ -203,18 +210,6 @@ async def _start_grpc(service: Service) -> "GrpcServer | None":
     return server
 
 
-def _listen(settings: Settings) -> socket.socket:
-    """The listening socket, before anything is loaded: a port in use should be told at once."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ServingError(
-            f"cannot listen on {settings.host}:{settings.port}: {reason}. Choose with --host, --port."
-        ) from error
-
-
 def _allow_connections(number: int) -> None:
     """Raises the process's soft limit of open files, which is lower than that on many systems, as far as it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -234,24 +229,3 @@ def _warn_if_open(settings: Settings) -> None:
     ]
     if lacks:
         logger.warning("others can reach %s, and there is no %s", settings.host, " and no ".join(lacks))
-
-
-def configure_logging() -> None:
-    """Our lines, and the warnings of others, as JSON on stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    ours = logging.getLogger("deploy")
-    ours.handlers, ours.propagate = [], True
-    ours.setLevel(logging.INFO)
-
-
-def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> None:
-    """The command ``tanuki-serve``; a user's mistake is one paragraph and exit code 1."""
-    settings = parse_settings(arguments, program=program)
-    configure_logging()
-    try:
-        serve(settings)
-    except (TanukiError, OSError) as error:
-        print(f"tanuki: {error}", file=sys.stderr)
-        sys.exit(1)

@@ -2,22 +2,32 @@
 
 import asyncio
 import hmac
+import itertools
 import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from deploy.errors import TanukiError
 from deploy.machine import available_cores
-from deploy.registry import Registry
+from deploy.registry import open_registry
 from deploy.serving.batcher import Batcher, BatchTimes, Outcome, Picture
 from deploy.serving.capture import Capture
+from deploy.serving.comparison import Challenge, reports_of
 from deploy.serving.errors import BAD_REQUEST, RequestError, ServingError
+from deploy.serving.inference_protocol import model_statistics, summed_statistics
 from deploy.serving.live_model import LiveModel
-from deploy.serving.metrics import Metrics
+from deploy.serving.metrics import Family, Metrics, metrics_text
 from deploy.serving.models import Models, Watcher
+from deploy.serving.peers import Handlers, Kind, Peers
 from deploy.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from deploy.serving.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -27,22 +37,23 @@ class Service:
 
     Args:
         settings: How it is run.
+        worker: Which of several processes this is; None where it is alone.
 
     Raises:
         ServingError: If the token file holds none.
         OSError: If it cannot be read.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, worker: "Worker | None" = None) -> None:
         self.settings = settings
         self.draining = False
         self.metrics = Metrics(
             waiting=lambda: self.batcher.waiting,
             champion=self._champion_version,
-            of_runs=settings.registry / "metrics",
+            worker=worker.number if worker else None,
         )
         self.models = Models(
-            Registry(settings.registry),
+            open_registry(settings.registry, copy=settings.registry_copy),
             name=settings.name,
             keep=settings.keep,
             on_reload=self.metrics.reload,
@@ -51,6 +62,15 @@ class Service:
         self.parser = ThreadPoolExecutor(1, thread_name_prefix="parser")  # large JSON and compressed bodies
         self.batcher: Batcher
         self.capture: Capture | None = None
+        self._worker = worker
+        self._peers: Peers | None = None
+        self._challenge: Challenge | None = None
+        self._own: Handlers = {
+            "metrics": self._own_metrics,
+            "statistics": self._own_statistics,
+            "look": self._own_look,
+            "comparisons": self._own_comparisons,
+        }
         self._watcher = Watcher(self.models, every_s=settings.watch_s)
         self._tokens = _tokens(settings)
 
@@ -60,7 +80,7 @@ class Service:
         Raises:
             ServingError: If there is no registry, or its champion cannot answer.
         """
-        if not self.settings.registry.is_dir():
+        if "://" not in self.settings.registry and not Path(self.settings.registry).is_dir():
             raise ServingError(
                 f"{self.settings.registry} is no registry: there is no such folder. "
                 "Name it with --registry, or make one with `tanuki retrain`."
@@ -68,11 +88,19 @@ class Service:
         self.models.refresh()
         if self.models.problem is not None:
             raise ServingError(f"the champion cannot answer: {self.models.problem}")
+        if self.settings.second is not None:
+            self._add_challenger(self.settings.second.version)
         self.capture = self._start_capture()
         if self.models.champion is None:
             logger.warning("%s has no champion yet: waiting for the first promotion", self.settings.registry)
 
-    def start(self) -> None:
+    def _add_challenger(self, version: int) -> None:
+        try:
+            self.models.add_challenger(version)
+        except TanukiError as error:
+            raise ServingError(f"version {version} cannot be compared with the champion: {error}") from error
+
+    async def start(self) -> None:
         """Starts the threads; on the event loop that they answer to."""
         self.batcher = Batcher(
             threads=self.settings.threads or available_cores(),
@@ -80,7 +108,25 @@ class Service:
             max_pixels=self.settings.max_pixels,
             on_batch=self._count_batch,
         )
+        if self.settings.second is not None:
+            self._challenge = Challenge(
+                self.settings.second,
+                self.models,
+                self.batcher,
+                on_compared=self.metrics.compared,
+            )
         self._watcher.start()
+
+    async def join_peers(self) -> None:
+        """Where this is one of several processes: tells that it answers now, and can be asked for what it knows."""
+        if self._worker is not None:
+            self._peers = Peers(self._worker.end, self._own)
+            await self._peers.start()
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether this is one of several processes."""
+        return self._worker is not None
 
     def _start_capture(self) -> Capture | None:
         settings = self.settings
@@ -97,6 +143,10 @@ class Service:
 
     async def stop(self) -> None:
         """Ends the threads, once what waits is answered."""
+        if self._peers is not None:
+            await self._peers.stop()
+        if self._challenge is not None:
+            await self._challenge.stop()
         await asyncio.to_thread(self._watcher.stop)
         await asyncio.to_thread(self.batcher.close)
         if self.capture is not None:
@@ -124,9 +174,49 @@ class Service:
         """
         if name != self.models.name:
             raise RequestError(BAD_REQUEST, f"failed to load '{name[:100]}', failed to poll from model repository")
+        problems = [problem for problem in await self._of_all("look") if problem is not None]
+        if problems:
+            raise RequestError(BAD_REQUEST, f"failed to load '{name}': {problems[0]}")
+
+    async def metrics_text(self) -> bytes:
+        """What Prometheus reads, of all processes."""
+        of_runs = Path(self.settings.registry) / "metrics"  # none where the registry is behind a URL
+        return metrics_text(await self._of_all("metrics"), of_runs=of_runs)
+
+    async def statistics(self, version: str | None = None) -> list[dict[str, Any]]:
+        """What each version did, in all processes, in Triton's terms; of one version where it is named."""
+        found = summed_statistics(itertools.chain.from_iterable(await self._of_all("statistics")))
+        return [each for each in found if not version or int(each["version"]) == int(version)]
+
+    async def _of_all(self, kind: Kind) -> list[Any]:
+        """An answer of each process of this server."""
+        return [await self._own[kind]()] if self._peers is None else await self._peers.ask(kind)
+
+    async def _own_metrics(self) -> list[Family]:
+        return self.metrics.families()
+
+    async def _own_statistics(self) -> list[dict[str, Any]]:
+        return [model_statistics(each, self.models.name) for each in self.models.loaded]
+
+    async def _own_look(self) -> str | None:
         await asyncio.to_thread(self.models.refresh, force=True)
-        if self.models.problem is not None:
-            raise RequestError(BAD_REQUEST, f"failed to load '{name}': {self.models.problem}")
+        return self.models.problem
+
+    async def _own_comparisons(self) -> list[dict[str, Any]]:
+        return self._challenge.found() if self._challenge else []
+
+    async def comparisons(self) -> list[dict[str, Any]]:
+        """What the second version said of the champion's pictures, in all processes."""
+        return reports_of(await self._of_all("comparisons"))
+
+    def choose(self, name: str, version: str | None = None) -> LiveModel:
+        """Who answers a request: the version that it names, else the champion, or the second version for its share.
+
+        Raises:
+            RequestError: If it is not here.
+        """
+        model = self.models.resolve(name, version)
+        return model if version or self._challenge is None else self._challenge.choose(model)
 
     async def answer(
         self, model: LiveModel, pictures: Sequence[Picture], *, request_id: str, timeout_s: float | None = None
@@ -148,6 +238,8 @@ class Service:
         done.success += 1
         done.success_ns += int((time.monotonic() - start) * 1e9)
         done.last_ms = int(time.time() * 1000)
+        if self._challenge is not None:
+            self._challenge.offer(model, pictures, outcomes)
         if self.capture is not None:
             self.capture.offer(model, pictures, outcomes, request_id)
         return outcomes

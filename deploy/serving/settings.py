@@ -1,26 +1,53 @@
 """How a server is run: one record, whose fields are the options of the command line."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
+SHARE = r"(1(\.0*)?|0?\.\d*[1-9]\d*)"  # above 0, at most 1
+CANARY = re.compile(rf"\d{{1,9}}={SHARE}", re.ASCII)
+SHADOW = re.compile(rf"\d{{1,9}}(={SHARE})?", re.ASCII)
 KEPT_PICTURES = ("none", "thumbnails", "originals")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class Second:
+    """A version beside the champion.
+
+    Args:
+        version: Its number.
+        share: Of the requests that name no version, in 0..1.
+        answers: Whether it answers them; else its answers are only compared.
+    """
+
+    version: int
+    share: float
+    answers: bool
 
 
 @dataclass(frozen=True)
 class Settings:
     """Operation, not learning: Annotated[nothing here changes an answer. See the texts."""
 
-    registry: Annotated[Path, "folder of the registry whose champion answers"]
+    registry: Annotated[str, "folder or URL (s3://bucket/prefix) of the registry whose champion answers"]
+    registry_copy: Annotated[
+        Path | None, "folder for the copy of a registry behind a URL; the user's cache, if not given"
+    ] = None
     name: Annotated[str, "the model's name in the protocol's paths"] = "tanuki"
     host: Annotated[str, "address to listen on; 0.0.0.0 for all"] = "127.0.0.1"
     port: Annotated[int, "port of HTTP; 0 for any free one"] = 8000
     grpc_port: Annotated[int | None, "port of gRPC, Triton's is 8001; 0 for any free one; no gRPC, if not given"] = None
+    workers: Annotated[
+        int, "processes that share the port and the threads; for many cores, where one loop is short"
+    ] = 1
     threads: Annotated[int | None, "threads that answer; as many as cores may be used, if not given"] = None
     public_key: Annotated[Path | None, "only bundles signed by this key (`tanuki keygen`) answer"] = None
+    shadow: Annotated[str | None, "VERSION or VERSION=SHARE: asked behind the champion, compared, not returned"] = None
+    canary: Annotated[str | None, "VERSION=SHARE: answers that share of the requests, and is compared"] = None
     keep: Annotated[int, "earlier versions that stay loaded and addressable"] = 2
     watch_s: Annotated[float, "seconds between two looks at the champion pointer"] = 0.5
     token_file: Annotated[Path | None, "file of bearer tokens, one a line; anybody may ask, if not given"] = None
@@ -46,6 +73,15 @@ class Settings:
     notice_s: Annotated[float, "after SIGTERM, not ready any more: seconds in which clients are told to leave"] = 1
     grace_s: Annotated[float, "after that: seconds for what is under way"] = 20
     log_requests: Annotated[bool, "a line for each request, not only for those that fail"] = False
+
+    @property
+    def second(self) -> Second | None:
+        """The version beside the champion, if there is one."""
+        text = self.shadow or self.canary
+        if text is None:
+            return None
+        version, _, share = text.partition("=")
+        return Second(int(version), float(share or 1), answers=self.shadow is None)
 
     @property
     def max_body_bytes(self) -> int:
@@ -93,6 +129,14 @@ def _mistakes(settings: Settings) -> list[str]:
     ]
     if (settings.tls_cert is None) != (settings.tls_key is None):
         mistakes.append("--tls-cert and --tls-key go together")
+    if settings.shadow and settings.canary:
+        mistakes.append("--shadow and --canary are about the same second version: give one of them")
+    if settings.shadow is not None and not SHADOW.fullmatch(settings.shadow):
+        mistakes.append("--shadow wants a version, or VERSION=SHARE with a share above 0 and at most 1")
+    if settings.canary is not None and not CANARY.fullmatch(settings.canary):
+        mistakes.append("--canary wants VERSION=SHARE with a share above 0 and at most 1, such as 7=0.1")
+    if settings.workers < 1:
+        mistakes.append("--workers must be at least 1")
     if settings.capture_pictures not in KEPT_PICTURES:
         mistakes.append(f"--capture-pictures must be one of {', '.join(KEPT_PICTURES)}")
     if settings.max_waiting < settings.max_pictures:

@@ -1,17 +1,17 @@
 """The manifest: one row an image, as a parquet file that is the same bytes whenever the rows are the same.
 
-Written by index_images (every file of data/raw) and validate_data (the rows that passed), read by every later stage.
+Written by index_images (every file of data/raw, a group of rows at a time) and validate_data (the rows that passed),
+read by every later stage.
 """
 
 import hashlib
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -19,10 +19,14 @@ from deploy.files import atomic_path
 from tasks.data.splits import Split
 from tasks.errors import DataError
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # index_images needs no frame, and pandas takes half a second and 40 MB
+    import pandas as pd
 
 # Raised when the same bytes would now get other facts (decoder, hash, statistics): older rows are then computed again.
-FACTS_VERSION: Final = 1
+FACTS_VERSION: Final = 2
+
+# What is in memory at once where a manifest is written or known facts are read.
+ROWS_PER_GROUP: Final = 8192
 
 VERSION_KEY: Final = b"tanuki.facts_version"
 DIGEST_KEY: Final = b"tanuki.rows_sha256"
@@ -87,8 +91,35 @@ class Row:
     official_split: bool
 
 
-def rows_to_frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """A manifest of rows, as `read_manifest` would give it."""
+class ManifestWriter:
+    """A manifest that is being written, a group of rows at a time; see `manifest_writer`."""
+
+    def __init__(self, parquet: pq.ParquetWriter) -> None:
+        self._parquet = parquet
+        self._digest = hashlib.sha256()
+
+    def write(self, table: pa.Table) -> None:
+        """Appends rows: ROWS_PER_GROUP of them, or fewer in the last group."""
+        table = table.replace_schema_metadata(SCHEMA.metadata)
+        _add_to_digest(self._digest, table)
+        self._parquet.write_table(table)
+
+    def finish(self) -> None:
+        """Writes the digest of all rows."""
+        self._parquet.add_key_value_metadata({DIGEST_KEY: self._digest.hexdigest()})
+
+
+@contextmanager
+def manifest_writer(path: Path) -> Iterator[ManifestWriter]:
+    """Writes a manifest atomically, with a digest of its rows, which must come sorted by path."""
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as parquet:
+        manifest = ManifestWriter(parquet)
+        yield manifest
+        manifest.finish()
+
+
+def rows_to_table(rows: Sequence[Row]) -> pa.Table:
+    """Rows in SCHEMA, in their order."""
     columns = {
         "path": [row.path for row in rows],
         "label": [row.label for row in rows],
@@ -97,20 +128,25 @@ def rows_to_frame(rows: Sequence[Row]) -> pd.DataFrame:
         "official_split": [row.official_split for row in rows],
         "class_id": [None] * len(rows),
     }
-    frame: pd.DataFrame = pa.Table.from_pydict(columns, schema=SCHEMA).to_pandas()
+    return pa.Table.from_pydict(columns, schema=SCHEMA)
+
+
+def rows_to_frame(rows: Sequence[Row]) -> "pd.DataFrame":
+    """A manifest of rows, as `read_manifest` would give it."""
+    frame: pd.DataFrame = rows_to_table(rows).to_pandas()
     return frame.sort_values("path", kind="stable", ignore_index=True)
 
 
-def write_manifest(path: Path, frame: pd.DataFrame) -> None:
-    """Writes a manifest atomically, sorted by path, with a digest of its rows."""
+def write_manifest(path: Path, frame: "pd.DataFrame") -> None:
+    """Writes a manifest atomically, sorted by path."""
     frame = frame.sort_values("path", kind="stable", ignore_index=True)
     table = pa.Table.from_pandas(frame, schema=SCHEMA, preserve_index=False)
-    metadata = {**(SCHEMA.metadata or {}), DIGEST_KEY: _rows_digest(table)}
-    with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
+    with manifest_writer(path) as manifest:
+        for start in range(0, table.num_rows, ROWS_PER_GROUP):
+            manifest.write(table.slice(start, ROWS_PER_GROUP))
 
 
-def read_manifest(path: Path) -> pd.DataFrame:
+def read_manifest(path: Path) -> "pd.DataFrame":
     """A manifest sorted by path; ``error`` is missing (``isna``) where the image decodes.
 
     Raises:
@@ -124,24 +160,29 @@ def read_manifest(path: Path) -> pd.DataFrame:
         ) from error
     except DAMAGE as error:
         raise DataError(
-            f"{path} is damaged or no manifest ({_one_line(error)}). Remove it; `tanuki retrain` (or "
+            f"{path} is damaged or no manifest ({one_line(error)}). Remove it; `tanuki retrain` (or "
             "`dvc repro`) makes it again."
         ) from error
     return frame.sort_values("path", kind="stable", ignore_index=True)
 
 
-def read_known_facts(path: Path) -> dict[str, Facts]:
-    """Facts by sha256 of an earlier manifest; empty where there is none, or one that cannot be trusted."""
-    try:
-        if (pq.read_schema(path).metadata or {}).get(VERSION_KEY) != str(FACTS_VERSION).encode():
-            return {}
-        rows = _read_table(path).select(list(Facts.__dataclass_fields__)).to_pylist()
-    except FileNotFoundError:
-        return {}
-    except DAMAGE as error:
-        logger.warning("%s is damaged (%s): all images are decoded again", path, _one_line(error))
-        return {}
-    return {row["sha256"]: Facts(**row) for row in rows}
+def read_groups(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of a manifest of this version of the facts, a group at a time; nothing where it has another.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        OSError, ValueError: See `DAMAGE`; at the end at the latest, so nothing may be believed before.
+    """
+    with pq.ParquetFile(path) as parquet:
+        metadata = parquet.metadata.metadata or {}
+        if metadata.get(VERSION_KEY) != str(FACTS_VERSION).encode():
+            return
+        digest = hashlib.sha256()
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(group).cast(SCHEMA)
+            _add_to_digest(digest, table)
+            yield table.select(list(columns))
+        _check_digest(metadata, digest)
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -151,14 +192,20 @@ def _read_table(path: Path) -> pa.Table:
         OSError, ValueError: See `DAMAGE`.
     """
     table = pq.read_table(path, schema=SCHEMA)
-    if (pq.read_schema(path).metadata or {}).get(DIGEST_KEY) != _rows_digest(table):
-        raise ValueError("its rows no longer have their digest")
+    digest = hashlib.sha256()
+    for start in range(0, table.num_rows, ROWS_PER_GROUP):
+        _add_to_digest(digest, table.slice(start, ROWS_PER_GROUP))
+    _check_digest(pq.read_metadata(path).metadata or {}, digest)
     return table
 
 
-def _rows_digest(table: pa.Table) -> bytes:
-    """sha256 of the rows. Parquet's own checksums leave out headers, and a flipped bit may decompress."""
-    digest = hashlib.sha256()
+def _check_digest(metadata: Mapping[bytes, bytes], digest: "hashlib._Hash") -> None:
+    if metadata.get(DIGEST_KEY) != digest.hexdigest().encode():
+        raise ValueError("its rows no longer have their digest")
+
+
+def _add_to_digest(digest: "hashlib._Hash", table: pa.Table) -> None:
+    """Hashes a group of rows. Parquet's own checksums leave out headers, and a flipped bit may decompress."""
     for field in SCHEMA:
         column = table.column(field.name).combine_chunks()
         digest.update(column.is_null().to_numpy(zero_copy_only=False).tobytes())
@@ -169,14 +216,14 @@ def _rows_digest(table: pa.Table) -> bytes:
         else:
             zero = False if pa.types.is_boolean(field.type) else 0
             digest.update(column.fill_null(zero).to_numpy(zero_copy_only=False).tobytes())
-    return digest.hexdigest().encode()
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's text without its line breaks."""
     return " ".join(str(error).split())
 
 
-def class_names(frame: pd.DataFrame) -> tuple[str, ...]:
+def class_names(frame: "pd.DataFrame") -> tuple[str, ...]:
     """The classes in the order that every head, bundle and report keeps: labels of train rows by class id.
 
     Rows that have no id yet come last, by label.

@@ -56,6 +56,30 @@ def compose(
     return _model(graph, network)
 
 
+def compose_with_own_classifier(preprocess: onnx.ModelProto, network: onnx.ModelProto) -> onnx.ModelProto:
+    """Joins preprocessing and a network that has its own classifier.
+
+    Args:
+        preprocess: ``images`` uint8 (N, H, W, 3) → ``pixels`` float32 (N, 3, S, S).
+        network: ``pixels`` → ``embedding`` float32 (N, D), ``logits`` float32 (N, C).
+
+    Returns:
+        ``images`` → ``probabilities`` float32 (N, C), ``embedding`` float32 (N, D).
+    """
+    embedding, logits = network.graph.output
+    first, second = _prefixed(preprocess.graph, "preprocess/"), _prefixed(network.graph, "network/")
+    softmax = helper.make_node("Softmax", ["logits"], ["probabilities"], "head/Softmax", axis=1)
+    graph = helper.make_graph(
+        [*first.node, *second.node, softmax],
+        "classifier",
+        [preprocess.graph.input[0]],
+        [_value("probabilities", ["batch", _shape(logits)[1]]), embedding],
+        [*first.initializer, *second.initializer],
+        value_info=[preprocess.graph.output[0]],
+    )
+    return _model(graph, network)
+
+
 def cut_at_seam(whole: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """The halves of a composed graph: ``images`` → ``pixels``, and ``pixels`` → ``probabilities``, ``embedding``."""
     graph = whole.graph

@@ -1,7 +1,8 @@
 """A torch network as an ONNX graph that was seen to compute the same.
 
-The dynamo exporter first; where its graph does not verify, the legacy one (METHOD and FACTS: some architectures fail or
-silently stay at batch 1). What verifies is recorded in the graph's metadata. Called by fetch_backbone and export_onnx.
+A network here is any module from ``pixels`` to one or several outputs of known names. The dynamo exporter first; where
+its graph does not verify, the legacy one (METHOD and FACTS: some architectures fail or silently stay at batch 1). What
+verifies is recorded in the graph's metadata. Called by fetch_backbone, export_onnx and export_pretrained.
 """
 
 import io
@@ -12,25 +13,32 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
 from deploy.errors import TanukiError
 from deploy.runtime import open_session
 from tasks.errors import ExportError
 from tasks.export.graph import canonical, set_metadata, to_bytes
-from tasks.models.architectures import Network
 
-Exporter = Callable[[Network, torch.Tensor, int], onnx.ModelProto]
+Exporter = Callable[[nn.Module, torch.Tensor, int, Sequence[str]], onnx.ModelProto]
 
 logger = logging.getLogger(__name__)
 
 BATCHES = (1, 2, 7)
 RELATIVE_TOLERANCE = 1e-3  # of a feature's size over the pictures
 FLOOR = 1e-5  # of the largest feature's size: rounding of sums that cancel out
+EMBEDDING = ("embedding",)
 EXAMPLE_BATCH = 2  # an example of one picture makes some exporters fix the batch at 1
 
 
 def export_network(
-    network: Network, *, size_px: int, opset: int, exporters: Sequence[str] = ("dynamo", "legacy")
+    network: nn.Module,
+    *,
+    size_px: int,
+    opset: int,
+    outputs: Sequence[str] = EMBEDDING,
+    exporters: Sequence[str] = ("dynamo", "legacy"),
 ) -> onnx.ModelProto:
     """The graph ``pixels`` float32 (N, 3, S, S) → ``embedding`` float32 (N, D), N symbolic.
 
@@ -38,6 +46,7 @@ def export_network(
         network: With its weights.
         size_px: Side S.
         opset: Of the ONNX operators.
+        outputs: Names of what it gives, each (N, D), in order.
         exporters: Names of those to try, in order.
 
     Returns:
@@ -50,9 +59,9 @@ def export_network(
     reasons = []
     for name in exporters:
         try:
-            model = canonical(_quietly(EXPORTERS[name], network, example, opset), keep="trunk.")
+            model = canonical(_quietly(EXPORTERS[name], network, example, opset, outputs), keep="trunk.")
             set_metadata(model, {"exporter": name})
-            verify_network(model, network, size_px=size_px)
+            verify_network(model, network, size_px=size_px, outputs=outputs)
         except Exception as error:  # noqa: BLE001  exporters raise whatever their compiler raises; the other one is tried
             reasons.append(f"{name}: {str(error).strip().splitlines()[0] if str(error).strip() else repr(error)}")
             logger.warning("the %s exporter gave no graph that verifies (%s)", *reasons[-1].split(": ", 1))
@@ -61,44 +70,57 @@ def export_network(
     raise ExportError(f"No exporter gave a graph that computes what the network computes. {'; '.join(reasons)}")
 
 
-def verify_network(model: onnx.ModelProto, network: Network, *, size_px: int) -> float:
+def verify_network(
+    model: onnx.ModelProto, network: nn.Module, *, size_px: int, outputs: Sequence[str] = EMBEDDING
+) -> float:
     """Compares onnxruntime with torch at several batches.
 
     Returns:
-        The largest difference of an embedding's value.
+        The largest difference of a value.
 
     Raises:
         ExportError: If shapes are not symbolic in the batch, or values differ.
     """
-    _check_signature(model, network.feature_dim, size_px)
+    pixels = np.random.default_rng(0).standard_normal((max(BATCHES), 3, size_px, size_px), dtype=np.float32)
+    with torch.inference_mode():
+        given = network(torch.from_numpy(pixels))
+    wanted = [each.numpy() for each in (given if isinstance(given, tuple) else (given,))]  # each (7, D)
+    _check_signature(model, dict(zip(outputs, (each.shape[1] for each in wanted), strict=True)), size_px)
     try:
         session = open_session(to_bytes(model))
     except TanukiError as error:
         raise ExportError(str(error)) from error
-    pixels = np.random.default_rng(0).standard_normal((max(BATCHES), 3, size_px, size_px), dtype=np.float32)
-    with torch.inference_mode():
-        expected = network(torch.from_numpy(pixels)).numpy()  # (7, D)
-    scale = np.sqrt((expected**2).mean(axis=0))  # (D,): depths differ in size by orders of magnitude
-    limit = RELATIVE_TOLERANCE * scale + FLOOR * scale.max()  # (D,)
     largest = 0.0
     for batch in BATCHES:
-        found = session.run(["embedding"], {"pixels": pixels[:batch]})[0]
-        if found.shape != expected[:batch].shape:
-            raise ExportError(f"a batch of {batch} gives {found.shape}, expected {expected[:batch].shape}")
-        difference = np.abs(found - expected[:batch])
-        if not (difference <= limit).all():  # also where it is not a number
-            raise ExportError(
-                f"onnxruntime and torch differ by {difference.max():.2g} in features of size {scale.max():.2g} "
-                f"at a batch of {batch}"
-            )
-        largest = max(largest, float(difference.max()))
+        answers = session.run(list(outputs), {"pixels": pixels[:batch]})
+        for name, found, expected in zip(outputs, answers, wanted, strict=True):
+            largest = max(largest, _difference(name, found, expected, batch))
     return largest
 
 
-def _check_signature(model: onnx.ModelProto, feature_dim: int, size_px: int) -> None:
+def _difference(name: str, found: NDArray[np.float32], expected: NDArray[np.float32], batch: int) -> float:
+    """The largest difference between what a batch gave and the first of the expected rows (7, D).
+
+    Raises:
+        ExportError: If it is too large, or the shapes differ.
+    """
+    scale = np.sqrt((expected**2).mean(axis=0))  # (D,): depths differ in size by orders of magnitude
+    limit = RELATIVE_TOLERANCE * scale + FLOOR * scale.max()  # (D,)
+    if found.shape != expected[:batch].shape:
+        raise ExportError(f"a batch of {batch} gives {name} {found.shape}, expected {expected[:batch].shape}")
+    difference = np.abs(found - expected[:batch])
+    if not (difference <= limit).all():  # also where it is not a number
+        raise ExportError(
+            f"onnxruntime and torch differ by {difference.max():.2g} in {name} of size {scale.max():.2g} "
+            f"at a batch of {batch}"
+        )
+    return float(difference.max())
+
+
+def _check_signature(model: onnx.ModelProto, widths: dict[str, int], size_px: int) -> None:
     """The batch is symbolic at both ends, all else is fixed."""
     ends = {value.name: _dimensions(value) for value in (*model.graph.input, *model.graph.output)}
-    expected = {"pixels": ["batch", 3, size_px, size_px], "embedding": ["batch", feature_dim]}
+    expected = {"pixels": ["batch", 3, size_px, size_px], **{name: ["batch", width] for name, width in widths.items()}}
     for name, dimensions in expected.items():
         found = ends.get(name)
         if found is None or not isinstance(found[0], str) or found[1:] != dimensions[1:]:
@@ -109,7 +131,9 @@ def _dimensions(value: onnx.ValueInfoProto) -> list[str | int]:
     return [dimension.dim_param or dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
 
 
-def _quietly(exporter: Exporter, network: Network, example: torch.Tensor, opset: int) -> onnx.ModelProto:
+def _quietly(
+    exporter: Exporter, network: nn.Module, example: torch.Tensor, opset: int, outputs: Sequence[str]
+) -> onnx.ModelProto:
     """Runs an exporter without what it tells about itself; what matters is verified afterwards."""
     talkers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
     levels = [talker.level for talker in talkers]
@@ -118,13 +142,13 @@ def _quietly(exporter: Exporter, network: Network, example: torch.Tensor, opset:
         for talker in talkers:
             talker.setLevel(logging.ERROR)
         try:
-            return exporter(network, example, opset)
+            return exporter(network, example, opset, outputs)
         finally:
             for talker, level in zip(talkers, levels, strict=True):
                 talker.setLevel(level)
 
 
-def _dynamo(network: Network, example: torch.Tensor, opset: int) -> onnx.ModelProto:
+def _dynamo(network: nn.Module, example: torch.Tensor, opset: int, outputs: Sequence[str]) -> onnx.ModelProto:
     program = torch.onnx.export(
         network,
         (example,),
@@ -132,7 +156,7 @@ def _dynamo(network: Network, example: torch.Tensor, opset: int) -> onnx.ModelPr
         opset_version=opset,
         external_data=False,
         input_names=["pixels"],
-        output_names=["embedding"],
+        output_names=list(outputs),
         dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
         verbose=False,
     )
@@ -141,7 +165,7 @@ def _dynamo(network: Network, example: torch.Tensor, opset: int) -> onnx.ModelPr
     return program.model_proto
 
 
-def _legacy(network: Network, example: torch.Tensor, opset: int) -> onnx.ModelProto:
+def _legacy(network: nn.Module, example: torch.Tensor, opset: int, outputs: Sequence[str]) -> onnx.ModelProto:
     buffer = io.BytesIO()
     torch.onnx.export(
         network,
@@ -150,8 +174,8 @@ def _legacy(network: Network, example: torch.Tensor, opset: int) -> onnx.ModelPr
         dynamo=False,
         opset_version=opset,
         input_names=["pixels"],
-        output_names=["embedding"],
-        dynamic_axes={"pixels": {0: "batch"}, "embedding": {0: "batch"}},
+        output_names=list(outputs),
+        dynamic_axes={name: {0: "batch"} for name in ("pixels", *outputs)},
     )
     return onnx.load_model_from_string(buffer.getvalue())
 

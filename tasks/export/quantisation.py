@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.predictor import BATCH_SIZE  # before onnxruntime, whose telemetry it turns off
+
+# isort: split
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -26,7 +29,6 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from deploy.predictor import BATCH_SIZE
 from tasks.errors import ExportError
 from tasks.export.graph import canonical
 

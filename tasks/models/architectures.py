@@ -103,7 +103,7 @@ class Network(nn.Module):
         Raises:
             BackboneError: If one is missing or has another shape; all of them are named.
         """
-        _fit_tokens(self.trunk, state)
+        fit_tokens(self.trunk, state)
         own = self.trunk.state_dict()
         counters = {name for name in own if name.endswith("num_batches_tracked")}
         missing = [name for name in own if name not in state and name not in counters]
@@ -162,18 +162,24 @@ def build_network(architecture: str, *, depths: int) -> Network:
     """
     name, _, last = architecture.partition("@")
     with torch.random.fork_rng(devices=[]):
-        trunk = _timm_model(name) if name.startswith("timm:") else _torchvision_model(name)
+        trunk = _timm_model(name) if name.startswith("timm:") else torchvision_model(name)
         return Network(trunk, family_of(name) or _generic(name, trunk), depths, last)
 
 
-def _torchvision_model(architecture: str) -> nn.Module:
+def torchvision_model(architecture: str, **options: Any) -> nn.Module:
+    """A torchvision model with random weights.
+
+    Raises:
+        BackboneError: If there is no such architecture.
+    """
     names = torchvision.models.list_models(module=torchvision.models)
     if architecture not in names:
         raise BackboneError(
             f"backbone.architecture: torchvision has no classification architecture {architecture!r}. "
             f"It has: {', '.join(names)}."
         )
-    options: dict[str, Any] = {"init_weights": False} if architecture in ("googlenet", "inception_v3") else {}
+    if architecture in ("googlenet", "inception_v3"):
+        options = {"init_weights": False, **options}
     model: nn.Module = torchvision.models.get_model(architecture, weights=None, **options)
     return model
 
@@ -276,7 +282,7 @@ def _feature_dim(network: Network) -> int:
         return int(network(torch.zeros(1, 3, size, size)).shape[1])
 
 
-def _fit_tokens(trunk: nn.Module, state: Mapping[str, Tensor]) -> None:
+def fit_tokens(trunk: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Gives a vision transformer the picture side that its weights were made for (their position embedding tells)."""
     name = "encoder.pos_embedding"
     positions = state.get(name)

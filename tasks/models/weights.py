@@ -39,6 +39,7 @@ TIMEOUT_S = 30
 WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "module")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+IMAGENET_LABELS = "imagenet1k"
 # Their torchvision builders undo ImageNet's normalisation inside the model (transform_input); outside it is one half.
 NORMALISED_INSIDE = ("googlenet", "inception_v3")
 # Old checkpoints have dots where module names can no longer have them (torchvision/models/densenet.py).
@@ -101,6 +102,34 @@ def read_weights(source: str, *, root: Path, sha256: str | None) -> PretrainedWe
         f"backbone.source: {source!r} names no kind of source. Expected embedded:NAME, torchvision:ARCH/WEIGHTS, "
         "file:PATH, https://... or timm:NAME (params.yaml)."
     )
+
+
+def read_labels(source: str, *, root: Path) -> tuple[str, ...]:
+    """The labels of a classifier, in its order.
+
+    Args:
+        source: ``imagenet1k``, the thousand names as torchvision has them, or a text file with one label a line.
+        root: What a relative path is relative to.
+
+    Raises:
+        BackboneError: If the file cannot be read, or names a label twice.
+    """
+    if source == IMAGENET_LABELS:
+        import torchvision
+
+        return tuple(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+    try:
+        labels = tuple(
+            line.strip() for line in (root / source).read_text(encoding="utf-8").splitlines() if line.strip()
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        raise BackboneError(
+            f"backbone.labels: {root / source} cannot be read: {error}. Expected {IMAGENET_LABELS}, or a text file "
+            "with one label a line."
+        ) from error
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise BackboneError(f"backbone.labels: {root / source} names {', '.join(twice[:8])} more than once.")
+    return labels
 
 
 def _embedded_path(name: str) -> Path:

@@ -5,20 +5,24 @@ are the ONNX graphs that ship in the bundle. Worker threads work ahead of the ne
 release the GIL. Called by ``tasks.finetune``.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from deploy.files import Readable, sha256_bytes
 from deploy.images import decode_image
 from tasks.data.views import apply_view, is_crop
 from tasks.errors import DataError, ImageError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 BATCHES_AHEAD = 2
 """Batches that are being made while the network works on one."""

@@ -1,5 +1,6 @@
 """`tanuki gc`: what goes and what never does, on a real store, a real registry and DVC's real cache."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from ruamel.yaml import YAML
 
 from deploy.bundle import read_bundle
 from deploy.registry import Registry
+from flows.dvc_cache import sweep_cache
 from flows.garbage import collect_garbage
 from flows.workspace import WorkspaceError
 from tasks import cache_features
@@ -20,7 +22,7 @@ from tasks.data.features import feature_space, read_engine
 from tasks.data.manifest import read_manifest
 from tasks.layout import Layout
 from tasks.models.backbone_card import read_card
-from tests.conftest import Workspace
+from tests.conftest import REPOSITORY, Workspace
 from tests.deploy.tiny_bundle import write_colour_bundle
 from tests.flows.kill_garbage import KEYS, SPACE
 from tests.tasks.feature_workspaces import AUGMENT, FEATURES, make_workspace, put_backbone, put_manifest, trunk_graph
@@ -91,6 +93,72 @@ def test_it_keeps_what_the_manifest_or_a_version_needs_and_drops_the_rest(layout
     assert collect_garbage(layout, dry_run=False, forget=[first]).text().startswith("Every stored feature is needed")
 
 
+def test_of_dvcs_cache_goes_what_no_commit_and_no_kept_version_names(workspace: Workspace) -> None:
+    layout = Layout(workspace.root)
+    files = {}  # DVC's hashes of three states of a folder, none of which is in a commit
+    for state in ("version", "neither", "now"):
+        layout.raw.mkdir(parents=True, exist_ok=True)
+        (layout.raw / "a.txt").write_text(state)
+        workspace.dvc("add", "--quiet", layout.raw)
+        folder = str(YAML(typ="safe").load(layout.raw_pointer)["outs"][0]["md5"])
+        files[state] = (folder, hashlib.md5(state.encode(), usedforsecurity=False).hexdigest())
+    registry = Registry(layout.registry_dir)
+    bundle = write_colour_bundle(layout.bundle_dir).directory
+    outputs = {"data/manifest/accepted.parquet": files["version"][1]}  # no manifest, but that is not asked here
+    registry.register(bundle, {"data_version": files["version"][0], "dvc_outputs": outputs})
+    kept = {1: {"data/raw": files["version"][0]}}
+
+    def there(state: str) -> list[bool]:
+        cache = workspace.root / ".dvc" / "cache" / "files" / "md5"
+        return [(cache / md5[:2] / md5[2:]).is_file() for md5 in files[state]]
+
+    assert sweep_cache(layout, kept, dry_run=True).objects == 2
+    assert all(map(all, map(there, files)))
+    assert sweep_cache(layout, kept, dry_run=False).objects == 2
+    assert [there(state) for state in files] == [[True, True], [False, False], [True, True]]
+    report = collect_garbage(layout, dry_run=False, forget=[1])
+    assert report.cache.objects == 2
+    assert report.text().endswith("Removed 2 files from DVC's cache that no commit and no version names, 0.0 MB.")
+    assert [there(state) for state in files] == [[False, False], [False, False], [True, True]]
+    with (workspace.root / ".dvc" / "config").open("a") as config:
+        config.write(f"[cache]\n    dir = {workspace.root.parent / 'shared-cache'}\n")
+    assert "others may use it" in str(sweep_cache(layout, kept, dry_run=False).left_alone)
+
+
+@pytest.mark.slow
+def test_old_runs_of_this_workspace_go_and_those_of_others_stay(workspace: Workspace) -> None:
+    runs = """
+import sys
+from pathlib import Path
+from prefect import flow
+from flows.server import prefect_server
+from flows.settings import quiet_prefect
+from tasks.layout import Layout
+@flow(persist_result=False, validate_parameters=False)
+def named(root): print(root)
+with prefect_server(Layout(Path.cwd())):
+    for root in sys.argv[1:]: named(root)
+"""
+    environment = {**workspace.environment, "PREFECT_HOME": str(workspace.root.parent / "prefect")}
+    mine = [sys.executable, "-m", "flows.cli", "gc", "--json", "--keep-runs"]
+
+    def collect(*options: str) -> int:
+        done = subprocess.run([*mine, *options], cwd=workspace.root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(json.loads(done.stdout)["runs"])
+
+    assert collect("0") == 0  # no database, no server
+    subprocess.run(
+        [sys.executable, "-c", runs, workspace.root, workspace.root, "/elsewhere"],
+        cwd=workspace.root,
+        env={**environment, "PYTHONPATH": str(REPOSITORY)},
+        check=True,
+    )
+    assert collect("1") == 0
+    assert collect("0") == 2
+    assert collect("0", "--dry-run") == 0
+
+
 def test_a_version_that_nobody_can_tell_the_needs_of_stops_it(layout: Layout, workspace: Workspace) -> None:
     extract(layout)
     version = register(layout, workspace, 8.0)
@@ -98,8 +166,8 @@ def test_a_version_that_nobody_can_tell_the_needs_of_stops_it(layout: Layout, wo
     cache.unlink()
     with pytest.raises(WorkspaceError, match=rf"version\(s\) {version}.*nothing was changed.*--forget {version}`"):
         collect_garbage(layout, dry_run=False)
-    told = json.loads(workspace.tanuki("gc", "--dry-run", "--forget", str(version), "--json").stdout)
-    assert told == {"dry_run": True, "orphans": [], "versions": []}
+    told = json.loads(workspace.tanuki("gc", "--dry-run", "--no-runs", "--forget", str(version), "--json").stdout)
+    assert (told["dry_run"], told["orphans"], told["versions"], told["runs"]) == (True, [], [], None)
 
 
 def test_versions_that_were_never_live_go_with_the_features_that_they_alone_needed(layout: Layout) -> None:

@@ -13,10 +13,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from deploy.bundle import read_bundle
-from deploy.errors import RegistryError
+from deploy.errors import BundleError, KeyFileError, RegistryError
 from deploy.files import sha256_bytes, write_json
 from deploy.predictor import Predictor
 from deploy.registry import Registry
+from deploy.signing import generate_keys, require_signature
 from flows import promotion, reports
 from flows.cli import app
 from tasks.evaluation.robustness import robust_answers
@@ -121,6 +122,63 @@ def test_without_promotion_the_decision_has_no_consequence(layout: Layout) -> No
     verdict = promotion.judge(layout, promote=False)
     assert (verdict.outcome, verdict.champion) == ("first", None)
     assert champion(layout) is None
+
+
+def test_a_look_without_promotion_counts_as_a_use_of_the_test_images_once(layout: Layout) -> None:
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True)
+    evaluated(layout, GOOD)
+    assert not promotion.is_judged(layout, promote=False)
+    looked = promotion.judge(layout, promote=False)
+    assert (looked.outcome, looked.champion, looked.numbers["num_uses"]) == ("promote", 1, 1)
+    assert promotion.is_judged(layout, promote=False)
+    assert not promotion.is_judged(layout, promote=True)
+    promotion.judge(layout, promote=False)
+    registry = Registry(layout.registry_dir)
+    digest = promotion.read_test_images(layout).digest
+    assert [event.kind for event in registry.events() if event.version == 2] == ["registered", "looked_at"]
+    assert registry.events()[-1].reason.startswith("would be: promote; better: ")
+    assert registry.gate_uses(digest) == 2
+    evaluated(layout, SHARPER)
+    assert promotion.judge(layout, promote=False).numbers["num_uses"] == 2
+    evaluated(layout, GOOD)
+    assert promotion.judge(layout, promote=True).champion == 2
+    assert registry.gate_uses(digest) == 3  # the verdict and the look before it asked the same
+
+
+def test_what_the_gate_promotes_is_signed_before_it_is_champion_where_a_key_is_given(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public = generate_keys(tmp_path / "release.key")
+    monkeypatch.setenv("TANUKI_SIGNING_KEY", str(tmp_path / "release.key"))
+    evaluated(layout, GOOD)
+    promotion.judge(layout, promote=True, key=promotion.signing_key(None))
+    registry = Registry(layout.registry_dir)
+    assert require_signature(registry.bundle(1), public)
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True, key=promotion.signing_key(None))
+    with pytest.raises(BundleError, match="is not signed"):
+        require_signature(registry.bundle(2), public)  # refused, so nobody vouches for it
+    promotion.force(layout, 2, reason="a demonstration", key=promotion.signing_key(None))
+    assert require_signature(registry.bundle(2), public)
+    monkeypatch.setenv("TANUKI_SIGNING_KEY", str(public))
+    with pytest.raises(KeyFileError, match="cannot be read as a private key"):
+        promotion.signing_key(None)
+
+
+def test_a_registry_behind_a_url_is_used_by_setting(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TANUKI_REGISTRY", f"memory://{tmp_path.name}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True)
+    evaluated(layout, GOOD)
+    assert promotion.judge(layout, promote=True).champion == 2
+    assert promotion.roll_back(layout, reason="bad").startswith("Version 1 is champion again")
+    assert [row["decision"] for row in reports.version_rows(layout)] == ["rolled_back", "promoted"]
+    assert reports.version_lineage(layout, 2)["decision"]["outcome"] == "promote"
+    assert not layout.registry_dir.exists()
 
 
 def test_a_forced_promotion_is_audited_and_a_rollback_undoes_it(layout: Layout) -> None:

@@ -558,11 +558,9 @@ def read_position(path: Path) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize(
-    "stages", [pytest.param([0], id="top"), pytest.param([0, 1], id="top-and-rest", marks=pytest.mark.slow)]
-)
-def test_a_run_killed_and_run_again_gives_the_same_bytes(
-    layout: Layout, repository: Path, tmp_path: Path, stages: list[int]
+@pytest.mark.slow
+def test_a_run_killed_in_each_stage_and_run_again_gives_the_same_bytes(
+    layout: Layout, repository: Path, tmp_path: Path
 ) -> None:
     text = (repository / "params.yaml").read_text()
     for before, after in (("epochs: auto", "epochs: 12"), ("learning_rate: auto", "learning_rate: 2.0e-3")):
@@ -571,7 +569,7 @@ def test_a_run_killed_and_run_again_gives_the_same_bytes(
     layout.params.write_text(text)
     undisturbed = Layout(tmp_path / "undisturbed")
     shutil.copytree(layout.root, undisturbed.root)
-    for stage in stages:
+    for stage in (0, 1):
         kill_in_stage(start(repository, "-m", "tasks", "finetune", "--root", str(layout.root)), layout, stage)
     process = start(repository, "-c", BOTH, str(layout.root), str(undisturbed.root))
     output = process.communicate()

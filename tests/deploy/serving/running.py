@@ -70,7 +70,7 @@ class Running:
 
 
 @contextmanager
-def serving(root: Path, folder: Path, *options: str, **more: str) -> Iterator[Running]:
+def serving(root: Path | str, folder: Path, *options: str, **more: str) -> Iterator[Running]:
     """Starts the server on a free port and waits until it answers."""
     log = folder / f"server-{time.monotonic_ns()}.log"
     command = [sys.executable, "-m", "deploy.serving", "--registry", str(root), "--port", "0", "--notice-s", "0.2"]

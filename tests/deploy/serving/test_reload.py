@@ -4,7 +4,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -12,10 +12,11 @@ import pytest
 
 from deploy.images import decode_image
 from deploy.predictor import Predictor
-from deploy.registry import Registry
+from deploy.registry import Registry, open_registry
 from deploy.signing import generate_keys, sign_bundle
 from tests.deploy.serving.running import Running, add_version, eventually, make_champion, serving
-from tests.deploy.tiny_bundle import colour_image, encoded
+from tests.deploy.tiny_bundle import colour_image, encoded, write_colour_bundle
+from tests.object_stores import BUCKET, s3_on_loopback
 
 PICTURE = encoded(colour_image("blau"), "JPEG")
 QUICK = ("--watch-s", "0.02")
@@ -177,3 +178,30 @@ def test_asked_to_load_it_looks_at_the_registry_at_once(root: Path, tmp_path: Pa
         assert running.client.post("/v2/repository/models/tanuki/load").status_code == 200
         assert answering(running) == "3"
         assert running.stop() == 0  # and does not sleep on until the next look
+
+
+@pytest.mark.slow
+def test_a_registry_in_a_bucket_is_followed_and_an_outage_costs_nothing(tmp_path: Path) -> None:
+    url = f"s3://{BUCKET}/production"
+    with ExitStack() as stack:
+        environment = stack.enter_context(s3_on_loopback())
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in {**environment, "XDG_CACHE_HOME": str(tmp_path / "trainer")}.items():
+            patch.setenv(name, value)
+        registry = open_registry(url)
+        for sharpness in (8.0, 4.0):
+            registry.register(write_colour_bundle(tmp_path / str(sharpness), sharpness=sharpness).directory, {})
+        registry.promote(1, reason="first", expected=None)
+        copy = tmp_path / "copy"
+        with serving(url, tmp_path, *QUICK, "--registry-copy", str(copy)) as running:
+            assert answering(running) == "1"
+            assert not (copy / "versions" / "2" / "model.onnx").exists()
+            registry.promote(2, reason="better", expected=1)
+            eventually(lambda: answering(running) == "2")
+            registry.rollback("bad")
+            eventually(lambda: answering(running) == "1")
+            stack.close()  # the bucket is gone
+            eventually(lambda: any("going on with what was last seen" in line["message"] for line in running.lines()))
+            assert answering(running) == "1"
+        with serving(url, tmp_path, *QUICK, "--registry-copy", str(copy), **environment) as running:
+            assert answering(running) == "1"  # and one that starts meanwhile answers out of its copy

@@ -1,0 +1,98 @@
+"""The flow `scheduled-retrain`: a retrain by itself, in a clone, that says in its state what it came to.
+
+Names of its final state: "Nothing to do", "Promoted", "Refused", "Undecided", "Skipped" (somebody was at work),
+"Superseded" (a later run was quicker), and Prefect's own Failed and Crashed. A run that finds the same data, code and
+params as the last one does nothing; so a run twice, a late run and a run too many cost seconds.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from flows import promotion
+from flows.clones import Snapshot, adopt, borrow_clone, finish, prepare_clone, take_snapshot
+from flows.lease import SupersededError, take_lease
+from flows.promotion import Verdict
+from flows.registries import registry_of
+from flows.retrain import publish_champion, retrain
+from flows.run_log import told
+from flows.workspace import BusyError, exclusive, find_workspace, out_of_date
+from tasks.layout import Layout
+
+STATES = {
+    "first": "Promoted",
+    "promote": "Promoted",
+    "refuse": "Refused",
+    "undecided": "Undecided",
+    "champion": "Nothing to do",
+}
+
+PATIENCE_S = 300.0  # for a person at work in the workspace; other schedules hold it for seconds
+
+logger = logging.getLogger("flows.scheduled_retrain")  # Prefect loads this file under another name
+
+
+@flow(name="scheduled-retrain", flow_run_name="retrain: {reason}", persist_result=False, validate_parameters=False)
+def scheduled_retrain(
+    root: str = ".", promote: bool = True, publish: bool = False, reason: str = "by the clock"
+) -> State[Any]:
+    """Brings the model up to date with the workspace's data, and the champion with the model if that is better.
+
+    Args:
+        root: The workspace.
+        promote: Whether a challenger that passes the gate becomes champion.
+        publish: Whether the champion then goes to the DVC remote and to git.
+        reason: What set it off, in words.
+    """
+    return told(lambda: _retrain(find_workspace(Path(root)), promote, publish, reason))
+
+
+def _retrain(main: Layout, promote: bool, publish: bool, reason: str) -> State[Any]:
+    lease = take_lease(main)
+    logger.info("retrain with lease %d, %s", lease.number, reason)
+    with exclusive(main, "retrain by schedule", wait_s=PATIENCE_S):
+        if idle := _why_idle(main, promote):
+            return Completed(name="Nothing to do", message=idle)
+        snapshot = take_snapshot(main)
+    with borrow_clone(main) as clone:
+        logger.info("in the clone %s, at commit %s", clone.root, snapshot.commit[:8])
+        prepare_clone(main, clone, snapshot)
+        try:
+            verdict = retrain.fn(clone.root, promote=promote, lease=lease).verdict
+        except SupersededError as error:
+            return Completed(name="Superseded", message=str(error))
+        finally:
+            _bring_back(main, clone, snapshot)
+        finish(clone)
+    if publish and verdict.champion:
+        with exclusive(main, "publish by schedule", wait_s=PATIENCE_S):
+            publish_champion(main)
+    return Completed(name=STATES[verdict.outcome] if promote else "Judged", message=_message(verdict))
+
+
+def _why_idle(main: Layout, promote: bool) -> str | None:
+    """Why a run has nothing to do; None where it has."""
+    if not main.raw.is_dir() or not any(main.raw.iterdir()):
+        return f"{main.raw} holds no images yet. `tanuki add FOLDER` copies yours in."
+    if promotion.is_judged(main, promote=promote) and not out_of_date(main):
+        champion = registry_of(main).champion_id()
+        return f"Nothing changed since the last retrain; version {champion} stays champion."
+    return None
+
+
+def _bring_back(main: Layout, clone: Layout, snapshot: Snapshot) -> None:
+    """Also after a failure: the stages that succeeded need not run again, and the report says what was wrong."""
+    try:
+        with exclusive(main, "retrain by schedule", wait_s=PATIENCE_S):
+            adopt(main, clone, snapshot)
+    except BusyError as error:
+        logger.warning("what this run came to stays in its clone, the next run does it again: %s", error)
+
+
+def _message(verdict: Verdict) -> str:
+    warnings = [f"Warning: {warning}." for warning in verdict.warnings]
+    return " ".join([f"Version {verdict.version}: {verdict.reasons[0]}", *verdict.reasons[1:], *warnings])

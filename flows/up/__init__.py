@@ -1,0 +1,1 @@
+"""`tanuki up`: everything that one box needs, started and stopped as one."""

@@ -1,0 +1,168 @@
+"""A second version beside the champion: compared picture by picture, and never in the way."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy.errors import ImageError
+from deploy.predictor import Predictor
+from deploy.serving.batcher import MAX_ASIDE, Answer, Batcher
+from deploy.serving.comparison import Comparison, distance_of, reports_of
+from deploy.serving.errors import RequestError
+from deploy.serving.live_model import LiveModel
+from deploy.serving.settings import Second, parse_settings
+from tests.deploy.serving.running import Running, add_version, eventually, make_champion, serving
+from tests.deploy.tiny_bundle import LABELS, colour_image, encoded, write_colour_bundle
+
+PICTURE = encoded(colour_image("blau"), "JPEG")
+HUGE = np.full((4000, 4000, 3), 7, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry of two versions, the first of which is the champion."""
+    folder = tmp_path_factory.mktemp("comparison")
+    add_version(folder / "registry", folder)
+    add_version(folder / "registry", folder, sharpness=0.5, promote=False)
+    return folder / "registry"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveModel, LiveModel]]:
+    folder = tmp_path_factory.mktemp("models")
+    bundles = [write_colour_bundle(folder / str(sharpness), sharpness=sharpness) for sharpness in (8.0, 0.5)]
+    with Predictor(bundles[0], threads=1) as one, Predictor(bundles[1], threads=1) as other:
+        yield LiveModel(1, bundles[0], one, {}, None), LiveModel(2, bundles[1], other, {}, None)
+
+
+def said(*probabilities: float) -> Answer:
+    return Answer(np.array(probabilities, np.float32), np.zeros(3, np.float32))
+
+
+def compared(running: Running) -> float:
+    return running.metric('tanuki_compared_total{challenger="2",champion="1",fate="same"}')
+
+
+def test_sums_become_shares_and_add_up_over_processes(models: tuple[LiveModel, LiveModel]) -> None:
+    first, second = Comparison(), Comparison()
+    first.add(*models, said(0.7, 0.2, 0.1), said(0.6, 0.3, 0.1))
+    first.add(*models, said(0.7, 0.2, 0.1), said(0.1, 0.8, 0.1))
+    second.add(*models, said(0.7, 0.2, 0.1), ImageError("broken"))
+    assert second.add(*models, ImageError("broken"), RequestError(500, "failed")) is None
+    second.fates["dropped"] += 3
+    found = [[{"champion": 1, "challenger": 2, **vars(each), "pairs": [[*pair, n] for pair, n in each.pairs.items()]}]
+             for each in (first, second)]  # fmt: skip
+    (report,) = reports_of(found)
+    assert (report["champion"], report["challenger"], report["pictures"]) == ("1", "2", 2)
+    assert (report["same_label"], report["failed"], report["dropped"]) == (0.5, 1, 3)
+    assert report["mean_distance"] == pytest.approx((0.1 + 0.6) / 2)
+    assert report["champion_confidence"] == pytest.approx(0.7)
+    assert report["challenger_confidence"] == pytest.approx(0.7)
+    assert report["other_labels"] == [{"champion": LABELS[0], "challenger": LABELS[1], "pictures": 1}]
+
+
+@given(st.lists(st.integers(1, 9), min_size=3, max_size=3), st.lists(st.integers(1, 9), min_size=3, max_size=3))
+def test_the_distance_is_one_and_follows_labels_not_places(one: list[int], other: list[int]) -> None:
+    left, right = (np.array(each, np.float32) / sum(each) for each in (one, other))
+    labels = ("a", "b", "c")
+    distance = distance_of(left, right, labels, labels)
+    assert 0 <= distance < 1
+    assert distance == pytest.approx(distance_of(right, left, labels, labels))
+    turned = distance_of(left, right[[2, 0, 1]], labels, ("c", "a", "b"))
+    assert turned == pytest.approx(distance, abs=1e-6)
+    assert distance_of(left, right, labels, ("x", "y", "z")) == pytest.approx(1)
+
+
+def test_what_nobody_waits_for_comes_last_and_leaves_a_thread_free(models: tuple[LiveModel, LiveModel]) -> None:
+    champion, challenger = models
+    ended: list[str] = []
+
+    async def run() -> None:
+        batcher = Batcher(2, 1000, 10_000, lambda _: None)
+
+        async def ask(name: str, model: LiveModel, image: np.ndarray, *, is_aside: bool = False) -> None:
+            await batcher.answer(model, [image], timeout_s=None if is_aside else 30, is_aside=is_aside)
+            ended.append(name)
+
+        try:
+            aside = [asyncio.create_task(ask("aside", challenger, HUGE, is_aside=True)) for _ in range(3)]
+            await asyncio.sleep(0.05)
+            await ask("asked", champion, colour_image("blau"))  # two threads: one of them is not for the others
+            assert ended == ["asked"]
+            await asyncio.gather(*aside)
+            with pytest.raises(RequestError, match="no time"):
+                await batcher.answer(challenger, [HUGE] * (MAX_ASIDE + 1), timeout_s=None, is_aside=True)
+            assert (batcher.waiting, batcher.waiting_aside) == (0, 0)
+        finally:
+            await asyncio.to_thread(batcher.close)
+
+    asyncio.run(run())
+    assert ended == ["asked", "aside", "aside", "aside"]
+
+
+def test_a_shadow_is_asked_and_never_answers(root: Path, tmp_path: Path) -> None:
+    with serving(root, tmp_path, "--shadow", "2", "--watch-s", "1000") as running:
+        for _ in range(10):
+            assert running.client.post("/predict", content=PICTURE).json()["version"] == "1"
+        assert running.client.post("/predict", content=b"no picture").status_code == 400
+        eventually(lambda: compared(running) == 10)
+        assert running.client.post("/predict?version=2", content=PICTURE).json()["version"] == "2"
+        (report,) = running.client.get("/model").json()["comparisons"]
+        assert (report["champion"], report["challenger"], report["pictures"]) == ("1", "2", 10)
+        assert report["same_label"] == 1
+        assert report["challenger_confidence"] < report["champion_confidence"]
+        assert 0 < report["mean_distance"] < 1
+        assert running.metric("tanuki_compared_distance_count") == 10
+        assert running.metric("tanuki_waiting_pictures") == 0
+
+        make_champion(root, 2)  # there is nothing to compare with itself
+        assert running.client.post("/v2/repository/models/tanuki/load").status_code == 200
+        assert running.client.post("/predict", content=PICTURE).json()["version"] == "2"
+        assert compared(running) == 10
+        assert running.stop() == 0
+    make_champion(root, 1)
+
+
+def test_a_canary_answers_its_share_and_is_compared(root: Path, tmp_path: Path) -> None:
+    with serving(root, tmp_path, "--canary", "2=.5") as running:
+        versions = [running.client.post("/predict", content=PICTURE).json()["version"] for _ in range(60)]
+        assert 10 <= versions.count("2") <= 50
+        eventually(lambda: compared(running) == versions.count("2"))
+        named = running.client.post("/v2/models/tanuki/versions/1/infer", content=b"{}")
+        assert named.status_code == 400  # about its body: version 1 it is
+        assert {running.client.post("/predict?version=1", content=PICTURE).json()["version"] for _ in range(9)} == {"1"}
+
+
+def test_a_second_version_that_is_not_there_is_told(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="version 9 cannot be compared"), serving(root, tmp_path, "--shadow", "9"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "second"),
+    [
+        (["--shadow", "7"], Second(7, 1.0, answers=False)),
+        (["--shadow", "7=0.25"], Second(7, 0.25, answers=False)),
+        (["--canary", "7=.1"], Second(7, 0.1, answers=True)),
+        (["--canary", "12=1"], Second(12, 1.0, answers=True)),
+        ([], None),
+    ],
+)
+def test_how_a_second_version_is_named(options: list[str], second: Second | None) -> None:
+    assert parse_settings(["--registry", "r", *options]).second == second
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--canary", "7"], ["--canary", "7=0"], ["--canary", "7=1.5"], ["--shadow", "seven"], ["--shadow", "7="],
+     ["--shadow", "7", "--canary", "7=.1"]],
+)  # fmt: skip
+def test_how_it_cannot_be_named(options: list[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse_settings(["--registry", "r", *options])
+    assert left.value.code == 2
