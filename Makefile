@@ -5,7 +5,7 @@ READY := .venv/.ready
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup retrain status test test-slow check format lock readme clean
+.PHONY: help setup retrain status test test-slow check audit sbom format lock readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,12 +37,21 @@ check: $(READY)  ## format, lint, types and import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+audit: $(READY)  ## known vulnerabilities of all packages; asks the network, or ADVISORIES=FOLDER of OSV files instead
+	@if [ -n "$(ADVISORIES)" ]; then $(BIN)/python -m deploy.advisories $(ADVISORIES) requirements.lock requirements-serve.lock; \
+	else $(BIN)/pip-audit --disable-pip --no-deps -r requirements.lock; fi
+
+sbom: $(READY)  ## data/reports/sbom.json: the serving image's packages, as CycloneDX
+	@mkdir -p data/reports
+	@$(BIN)/python -m deploy.sbom requirements-serve.lock data/reports/sbom.json
+
 format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 lock: $(READY)  ## resolve requirements.lock anew
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --extra serve --extra grpc --extra capture --extra train --extra flows --extra timm --extra sign --extra bucket --extra ssh --extra s3 --extra dev pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --extra serve --extra grpc --extra capture --extra sign --extra bucket -c requirements.lock pyproject.toml -o requirements-serve.lock
 
 clean:  ## drop everything that a retrain makes, but not data/raw and not the registry
 	rm -rf data/manifest data/backbone data/features data/models data/bundle data/reports

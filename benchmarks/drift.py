@@ -105,7 +105,9 @@ def prepare(layout: Layout, params: Params) -> None:
         run_stage(stage, layout, params.model_copy(update={"finetune": finetune}))
 
 
-def measure(layout: Layout, params: Params, *, windows: int, detections: int, size: int) -> None:
+def measure(
+    layout: Layout, params: Params, *, windows: int, detections: int, size: int, corruptions: list[str], mixes: bool
+) -> None:
     bundle = read_bundle(layout.bundle_dir)
     hashes, images = held_out(layout)
     generator = np.random.default_rng(params.seed)
@@ -114,14 +116,15 @@ def measure(layout: Layout, params: Params, *, windows: int, detections: int, si
     print(f"| | alarms (95 % interval) | {' | '.join(TESTS)} | area under ROC |\n|---|---|---|---|---|---|", flush=True)
     with Predictor(bundle) as predictor:
         clean = answers_of(predictor, images)
-        draws = [generator.permutation(len(images)) for _ in range(windows)]
+        draws = [generator.permutation(len(images)) for _ in range(max(windows, detections))]
         none = [
             compared(clean.of(rows[size:]), clean.of(rows[:size]), bundle.labels, params.drift, seed)
-            for seed, rows in enumerate(draws)
+            for seed, rows in enumerate(draws[:windows])
         ]
-        print(line(f"no drift, {windows} windows", none, level), flush=True)
+        if none:
+            print(line(f"no drift, {windows} windows", none, level), flush=True)
         draws = draws[:detections]
-        for corruption in CORRUPTIONS:
+        for corruption in corruptions:
             for strength in STRENGTHS:
                 worse = answers_of(predictor, spoiled(hashes, images, corruption, strength))
                 found = [
@@ -129,7 +132,7 @@ def measure(layout: Layout, params: Params, *, windows: int, detections: int, si
                     for seed, rows in enumerate(draws)
                 ]
                 print(line(f"{corruption}, strength {strength:g}", found, level), flush=True)
-        for share in MIXES:
+        for share in MIXES if mixes else ():
             found = []
             for seed, rows in enumerate(draws):
                 window = swapped(clean.predicted, rows[: len(rows) // 2], size, share, seed)
@@ -144,13 +147,23 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=200, help="windows without drift")
     parser.add_argument("--detections", type=int, default=40, help="windows of each kind of drift")
     parser.add_argument("--size", type=int, default=150, help="images of a window")
+    parser.add_argument("--corruptions", nargs="*", choices=list(CORRUPTIONS), default=list(CORRUPTIONS))
+    parser.add_argument("--no-mixes", action="store_true", help="leave out the swapped class mixes")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     params = load_params(Path("params.yaml"))
     with tempfile.TemporaryDirectory() as folder:
         layout = Layout(Path(folder))
         prepare(layout, params)
-        measure(layout, params, windows=arguments.windows, detections=arguments.detections, size=arguments.size)
+        measure(
+            layout,
+            params,
+            windows=arguments.windows,
+            detections=arguments.detections,
+            size=arguments.size,
+            corruptions=arguments.corruptions,
+            mixes=not arguments.no_mixes,
+        )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tasks.data.image_files import (
     no_image_reason,
 )
 from tasks.errors import DataError
+from tasks.params import holds_password
 
 NUM_NAMED = 20
 MAX_NAME_BYTES = 255
@@ -337,6 +338,11 @@ class Url:
     in_order = False
 
     def __init__(self, url: str) -> None:
+        if holds_password(url):
+            raise DataError(
+                f"{url.split('://')[0]}://... has a password in it, which would stand in data/raw-changes.jsonl. Leave "
+                "it to the environment (AWS_SECRET_ACCESS_KEY and the like), an agent, or fsspec's configuration."
+            )
         self.name = url
         self._files: dict[str, tuple[str, dict[str, Any]]] = {}
         try:

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import inspect
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -48,6 +49,7 @@ def main() -> int:
         "--part", type=_part, metavar="I/N", help="cache_features only: the I-th of N shares of the images"
     )
     arguments = parser.parse_args()
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when a stage imports onnxruntime
     if arguments.part and arguments.stage != "cache_features":
         parser.error("--part is for cache_features")
     _configure_logging()

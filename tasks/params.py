@@ -4,6 +4,7 @@ No defaults here: params.yaml is the only place of numbers. Unknown keys are err
 Read by tasks.__main__ for a stage, and by flows for the sections that concern them.
 """
 
+import urllib.parse
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,6 +34,11 @@ class DataParams(Section):
     shard_mb: Annotated[float, Field(gt=0)]
 
 
+def holds_password(address: str) -> bool:
+    """Whether an address has a password in it, which would then stand in lineage, logs and git."""
+    return "://" in address and urllib.parse.urlsplit(address).password is not None
+
+
 class BackboneParams(Section):
     """Which pretrained weights, and how pictures are put before them."""
 
@@ -45,6 +51,17 @@ class BackboneParams(Section):
     crop_fraction: Annotated[float, Field(gt=0, le=1)] | None
     mean: PerChannel | None
     std: PerChannel | None
+
+    @field_validator("source")
+    @classmethod
+    def _source_tells_no_secret(cls, source: str) -> str:
+        if holds_password(source):
+            # Not a message of pydantic's own: that would say what was found.
+            raise ParamsError(
+                "params.yaml: backbone.source has a password in it, and that file goes into git, lineage and reports. "
+                "Fetch the file by a means of your own, and name it as file:PATH."
+            )
+        return source
 
 
 class AugmentParams(Section):

@@ -19,10 +19,14 @@ from hypothesis import settings
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before anything imports onnxruntime
+
 # Several workers share the cores: torch's threads must wait for each other asleep, not spinning.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 IMAGES_PER_CLASS = 40
+CANARY = "canary-7f3c1a"  # in secrets of the environment: must turn up nowhere
+CANARIES = {"HF_TOKEN": f"hf_{CANARY}", "TANUKI_NOTIFY": f"https://hooks.example.invalid/{CANARY}"}
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -46,6 +50,11 @@ class Workspace:
 
     root: Path
     prefect_home: Path
+
+    @property
+    def network_log(self) -> Path:
+        """Written to by whoever asks for anything but loopback (tests/offline/sitecustomize.py)."""
+        return self.root.parent / f"{self.root.name}-network.log"
 
     def run(self, *command: str | Path, check: bool = True, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
         run = subprocess.run(
@@ -77,6 +86,9 @@ class Workspace:
             "DVC_NO_ANALYTICS": "1",
             "DO_NOT_TRACK": "1",
             "COLUMNS": "200",
+            "PYTHONPATH": str(REPOSITORY / "tests" / "offline"),
+            "TANUKI_TEST_NETWORK_LOG": str(self.network_log),
+            **CANARIES,
             "GIT_AUTHOR_NAME": "Test",
             "GIT_AUTHOR_EMAIL": "test@example.org",
             "GIT_COMMITTER_NAME": "Test",
