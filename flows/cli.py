@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.errors import TanukiError
-from flows.commands.learning import pretrained_app
+from flows.commands.learning import compare, pretrained_app
 from flows.workspace import exclusive, find_workspace, track_raw
 from tasks.layout import Layout
 
@@ -37,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(pretrained_app, name="pretrained")
+app.command()(compare)
 out = Console(highlight=False, soft_wrap=True)
 asides = Console(stderr=True, highlight=False, soft_wrap=True)  # what must not stand in a script's JSON
 

@@ -30,7 +30,7 @@ STAGES = (
     "evaluate",
 )
 
-RECIPES = ("pretrain", "suspects", "export_pretrained")
+RECIPES = ("pretrain", "suspects", "export_pretrained", "compare")
 """Run the same way, but no stage of the pipeline."""
 
 TEMPORARY_FAILURE = 75

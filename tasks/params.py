@@ -89,6 +89,7 @@ class FeaturesParams(Section):
 class TrainHeadParams(Section):
     """The linear probe's regularisation path and its cross-validation."""
 
+    method: Literal["probe", "as_is"]
     min_log10_c: float
     max_log10_c: float
     num_c: Annotated[int, Field(ge=2)]
@@ -110,6 +111,15 @@ class AdversarialParams(Section):
     val_images: Positive
 
 
+class ScratchParams(Section):
+    """The baseline from random weights."""
+
+    seconds: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+
+
 class FinetuneParams(Section):
     """Staged fine-tuning from the probe."""
 
@@ -127,14 +137,17 @@ class FinetuneParams(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     views: Positive
     boundary_cache_gb: Annotated[float, Field(ge=0)]
-    stages: Annotated[tuple[Literal["top", "rest", "adversarial"], ...], Field(strict=False)]
+    stages: Annotated[tuple[Literal["top", "rest", "adversarial", "scratch"], ...], Field(strict=False)]
     adversarial: AdversarialParams
+    scratch: ScratchParams
 
     @field_validator("stages")
     @classmethod
     def _adversarial_comes_last(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
         if "adversarial" in stages[:-1]:
             raise ValueError("adversarial comes once, as the last stage")
+        if "scratch" in stages and len(stages) > 1:
+            raise ValueError("scratch is a baseline from random weights and stands alone")
         return stages
 
 

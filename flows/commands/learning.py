@@ -1,11 +1,12 @@
 """Commands about ways to learn: a pretrained model as it is, and all ways side by side."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from flows.workspace import find_workspace
 
@@ -15,6 +16,60 @@ pretrained_app = typer.Typer(
     help="A pretrained model as it is: its own classifier, its own labels.", no_args_is_help=True
 )
 out = Console(highlight=False, soft_wrap=True)
+asides = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def compare(
+    context: typer.Context,
+    ways: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[WAY...]", help="as_is, scratch, probe, top, full, adversarial; all where none is named."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run every way to learn from your images as DVC experiments, and say what these images need."""
+    layout = find_workspace(context.obj)
+    asides.print("Starting Prefect and the experiments ...", style="dim")
+    from flows.compare import WAYS
+    from flows.compare import compare as compare_flow
+    from flows.server import prefect_server
+
+    names = [way.name for way in WAYS]
+    if unknown := sorted(set(ways or ()) - set(names)):
+        raise typer.BadParameter(f"No such way: {', '.join(unknown)}. There is: {', '.join(names)}.")
+    with prefect_server(layout):
+        report = compare_flow(layout.root, ways=tuple(ways or ()))
+    if as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    out.print(_ways_table(report))
+    for sentence in report["needs"]:
+        out.print(escape(sentence))
+    out.print(
+        escape("Look at      data/reports/compare/index.html, or `dvc exp show`; `dvc exp apply compare-top` takes one")
+    )
+
+
+def _ways_table(report: dict[str, Any]) -> Table:
+    """The ways as a terminal shows them."""
+    shown = Table("way", "accuracy", "interval", "points", "under attack", "trained", "seconds", "ms", "")
+    for each in report["outcomes"]:
+        robust = each["robust_accuracy"]
+        ends = [100 * each[name] for name in ("difference", "difference_low", "difference_high")]
+        shown.add_row(
+            each["title"],
+            f"{each['accuracy']:.1%}",
+            f"{each['accuracy_low']:.1%} to {each['accuracy_high']:.1%}",
+            "" if each["name"] == "probe" else escape("{:+.1f} [{:+.1f}, {:+.1f}]".format(*ends)),
+            "" if robust is None else f"{robust:.1%}",
+            f"{each['trained_parameters']:,}",
+            f"{each['seconds']:.1f}",
+            f"{1e3 * each['latency_s']:.1f}",
+            each["note"],
+        )
+    return shown
 
 
 @pretrained_app.command("export")

@@ -33,7 +33,7 @@ def digits() -> tuple[Features, list[str]]:
 
 def probe(features: Features, labels: list[str], groups: list[str] | None = None, **changes: object) -> Probe:
     """A probe of one view a row."""
-    settings = TRAIN_HEAD.model_dump() | {"seed": 0, "classes": sorted(set(labels))} | changes
+    settings = TRAIN_HEAD.model_dump(exclude={"method"}) | {"seed": 0, "classes": sorted(set(labels))} | changes
     return fit_probe(features[None], labels, groups or [f"{row}" for row in range(len(labels))], **settings)
 
 
