@@ -59,7 +59,7 @@ class Way:
 
 PROBE = {"train_head.method": "probe"}
 TUNED = {**PROBE, "finetune.enabled": "true"}
-SCRATCH = Way("scratch", "from random weights, in the same time", {**TUNED, "finetune.stages": "[scratch]"})
+SCRATCH = Way("scratch", "from random weights", {**TUNED, "finetune.stages": "[scratch]"})
 WAYS = (
     Way("as_is", "pretrained, as it is", {"train_head.method": "as_is", "finetune.enabled": "false"}),
     SCRATCH,

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from flows.workspace import find_workspace
 
@@ -44,7 +43,8 @@ def compare(
     if as_json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
-    out.print(_ways_table(report))
+    for line in ways_lines(report):
+        out.print(escape(line))
     for sentence in report["needs"]:
         out.print(escape(sentence))
     out.print(
@@ -52,24 +52,32 @@ def compare(
     )
 
 
-def _ways_table(report: dict[str, Any]) -> Table:
-    """The ways as a terminal shows them."""
-    shown = Table("way", "accuracy", "interval", "points", "under attack", "trained", "seconds", "ms", "")
-    for each in report["outcomes"]:
-        robust = each["robust_accuracy"]
-        ends = [100 * each[name] for name in ("difference", "difference_low", "difference_high")]
-        shown.add_row(
-            each["title"],
-            f"{each['accuracy']:.1%}",
-            f"{each['accuracy_low']:.1%} to {each['accuracy_high']:.1%}",
-            "" if each["name"] == "probe" else escape("{:+.1f} [{:+.1f}, {:+.1f}]".format(*ends)),
-            "" if robust is None else f"{robust:.1%}",
-            f"{each['trained_parameters']:,}",
-            f"{each['seconds']:.1f}",
-            f"{1e3 * each['latency_s']:.1f}",
-            each["note"],
-        )
-    return shown
+def ways_lines(report: dict[str, Any]) -> list[str]:
+    """The ways as a terminal shows them, a line each."""
+    head = ("way", "accuracy", "interval", "points to probe", "trained", "seconds", "ms", "under attack")
+    rows = [head, *(_cells(each) for each in report["outcomes"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    notes = ["", *(each["note"] for each in report["outcomes"])]
+    return [
+        f"{'  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))}  {note}".rstrip()
+        for row, note in zip(rows, notes, strict=True)
+    ]
+
+
+def _cells(outcome: dict[str, Any]) -> tuple[str, ...]:
+    """A way's numbers as text."""
+    robust = outcome["robust_accuracy"]
+    ends = [100 * outcome[name] for name in ("difference", "difference_low", "difference_high")]
+    return (
+        outcome["title"],
+        f"{outcome['accuracy']:.1%}",
+        f"{outcome['accuracy_low']:.1%} to {outcome['accuracy_high']:.1%}",
+        "" if outcome["name"] == "probe" else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*ends),
+        f"{outcome['trained_parameters']:,}",
+        f"{outcome['seconds']:.1f}",
+        f"{1e3 * outcome['latency_s']:.1f}",
+        "" if robust is None else f"{robust:.1%}",
+    )
 
 
 @pretrained_app.command("export")

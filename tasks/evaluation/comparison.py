@@ -60,7 +60,8 @@ def comparison_table(outcomes: Sequence[Outcome], confidence: float) -> str:
         difference = "–" if each.name == "probe" else points(each)
         lines.append(
             f"| {each.title} | {each.accuracy:.1%} | {each.accuracy_low:.1%} to {each.accuracy_high:.1%} "
-            f"| {difference} | {robust} | {each.trained_parameters:,} | {each.seconds:.1f} | {each.latency_s * 1e3:.1f} | {each.note} |"
+            f"| {difference} | {robust} "
+            f"| {each.trained_parameters:,} | {each.seconds:.1f} | {each.latency_s * 1e3:.1f} | {each.note} |"
         )
     return "\n".join(lines)
 
@@ -90,8 +91,8 @@ def what_is_needed(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
     start, hardened = by_name.get("full"), by_name.get("adversarial")
     if hardened and hardened.robust_accuracy is not None and start and start.robust_accuracy is not None:
         sentences.append(
-            f"Under attack it is right on {hardened.robust_accuracy:.1%} of the validation images, without that training "
-            f"on {start.robust_accuracy:.1%}; stronger attacks exist."
+            f"Under attack it is right on {hardened.robust_accuracy:.1%} of the validation images, without that "
+            f"training on {start.robust_accuracy:.1%}; stronger attacks exist."
         )
     return tuple(sentences)
 

@@ -137,7 +137,7 @@ def _tuner(
         torch.manual_seed(settings.seed)
         fresh = build_network(architecture, depths=network.depths)
     network.load_trunk(fresh.trunk_state())
-    _set_batch_norm(network, training=False)
+    _set_batch_norm(network, training=True)
     few = _batches(settings, 0, train)[0]
     source = RecomputedBoundary(network, 0, train.pixels)
     with torch.no_grad():
@@ -153,9 +153,7 @@ def _tuner(
         clip_norm=settings.clip_norm,
         ema_decay=settings.ema_decay,
     )
-    tuner = StageTuner(network, 0, StandardisedHead(blank, embeddings), pace)
-    _set_batch_norm(network, training=True)
-    return tuner
+    return StageTuner(network, 0, StandardisedHead(blank, embeddings), pace)
 
 
 def _affordable_steps(
