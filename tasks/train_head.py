@@ -19,10 +19,11 @@ from tasks.data.features import load_features
 from tasks.data.manifest import class_names, read_manifest
 from tasks.data.views import training_views
 from tasks.errors import ParamsError
+from tasks.evaluation.metrics import wilson_interval
 from tasks.models.backbone_card import read_card
 from tasks.models.head import write_head
 from tasks.models.own_head import own_head, same_names
-from tasks.training.linear_probe import PathPoint, fit_probe
+from tasks.training.linear_probe import PathPoint, Probe, fit_probe
 from tasks.training.prototypes import class_prototypes
 from tasks.training.temperature import row_nll
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from tasks.models.head import Head
     from tasks.params import AugmentParams, FeaturesParams, TrainHeadParams
 
+CONFIDENCE = 0.99  # of the claim that a probe knows more than the commonest class
 SOLVER = "L-BFGS, multinomial, every image weighs the same"
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ class TrainHeadReport:
     """The chosen head; out-of-fold and val numbers are None where there was nothing to judge on.
 
     ``method`` is ``probe``, ``own_classes`` (the backbone's own classifier) or ``prototypes``; all but the first have
-    no fit to tell of. ``num_same_names`` of the classes bear the name of one of the backbone's own.
+    no fit to tell of. ``num_same_names`` of the classes bear the name of one of the backbone's own. ``is_at_chance``
+    where the held-out accuracy is not beyond noise above ``chance_accuracy``, that of always naming the largest class.
     """
 
     method: str
@@ -61,6 +64,8 @@ class TrainHeadReport:
     num_parts: int
     num_held_out: int
     out_of_fold_accuracy: float | None
+    chance_accuracy: float
+    is_at_chance: bool
     out_of_fold_nll: float | None
     num_val: int
     val_accuracy: float | None
@@ -102,6 +107,7 @@ def run(
         settings = train_head.model_dump(exclude={"method"})
         probe = fit_probe(stored, labels, groups, classes=class_names(images), seed=seed, **settings)
         head = probe.head
+    chance = max(labels.count(label) for label in head.labels) / len(labels)
     num_val, val_accuracy, val_nll = _judge(layout, card, head, images[images["split"] == "val"])
     report = TrainHeadReport(
         method=method,
@@ -117,6 +123,8 @@ def run(
         num_parts=probe.num_parts if probe else 0,
         num_held_out=probe.num_held_out if probe else 0,
         out_of_fold_accuracy=probe.accuracy if probe else None,
+        chance_accuracy=chance,
+        is_at_chance=bool(probe and probe.accuracy is not None and _lower(probe) <= chance),
         out_of_fold_nll=probe.nll if probe else None,
         num_val=num_val,
         val_accuracy=val_accuracy,
@@ -154,6 +162,12 @@ def _judge(layout: Layout, card: BackboneCard, head: Head, val: pd.DataFrame) ->
     return len(known), float((logits.argmax(axis=1) == targets).mean()), float(row_nll(logits, targets).mean())
 
 
+def _lower(probe: Probe) -> float:
+    """Lower end of the interval of the held-out accuracy."""
+    num = probe.num_held_out
+    return wilson_interval(round((probe.accuracy or 0) * num), num, CONFIDENCE)[0]
+
+
 def _log(report: TrainHeadReport) -> None:
     if report.log10_c is None or report.temperature is None:
         told = (report.method, report.num_same_names, report.num_classes, _percent(report.val_accuracy), report.num_val)
@@ -169,6 +183,14 @@ def _log(report: TrainHeadReport) -> None:
         _percent(report.val_accuracy),
         report.num_val,
     )
+    if report.is_at_chance:
+        logger.warning(
+            "the probe is at chance: held-out accuracy %s on %d images, and always naming the largest class gives %s. "
+            "Are the labels right (`tanuki suspects`), and does the backbone suit the pictures (backbone.source)?",
+            _percent(report.out_of_fold_accuracy),
+            report.num_held_out,
+            _percent(report.chance_accuracy),
+        )
     if not report.converged:
         logger.warning("the last fit stopped after %d iterations before it converged", report.num_iterations)
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -455,7 +456,10 @@ def stage_progress(batches: Iterator[Batch], tuner: StageTuner, what: str) -> It
 
 def pictures_of(pixels: PixelSource, batch: Sequence[Item]) -> str:
     """The pictures of a batch, for a person who looks for a bad one."""
-    names = [f"{pixels.files[index]} as {pixels.views[view]}" for index, view in batch]
+    paths = [PurePath(str(pixels.files[index])) for index, _ in batch]
+    names = [
+        f"{path.parent.name}/{path.name} as {pixels.views[view]}" for path, (_, view) in zip(paths, batch, strict=True)
+    ]
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return f"the batch was {', '.join(names[:MAX_NAMED])}{more}"
 
