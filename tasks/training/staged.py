@@ -253,12 +253,12 @@ class _Stage:
         """
         began = time.perf_counter()
         frozen = frozen_digest(self.network, self.group)
-        val_source, val_bytes = self._open(self.val.pixels, 0, "val")
+        val_source, val_bytes = self._open(self.val.pixels, 0, "val", passes=math.inf)
         embeddings = embeddings_of(self.network, self.group, val_source, self.settings.batch_size)
         head = StandardisedHead(self.head, embeddings)
         with torch.no_grad():
             before = judge(head(embeddings).numpy(), self.val.labels)
-        train_source, _ = self._open(self.train.pixels, val_bytes, "train")
+        train_source, _ = self._open(self.train.pixels, val_bytes, "train", passes=self._passes())
         pace = self._pace(head, train_source)
         if pace.length.steps < USELESS_STEPS and pace.length.limited_by == "max_tflop":
             reason = f"not tried: finetune.max_tflop affords {pace.length.steps} steps; {USELESS_STEPS} is the least"
@@ -275,29 +275,64 @@ class _Stage:
             val_accuracy_before=rounded(before.accuracy),
         )
         start = copied(trainable_tensors(self.network, self.group, head))
+        predicted = self._predicted(head, pace.length.steps)
         end, trouble = self._train(StageTuner(self.network, self.group, head, pace), train_source, val_source, resumed)
         if end:
             record = replace(record, **self._select(head, start, end, before, val_source))
-        told = f"; stopped early: {trouble}" if trouble else ""
-        record = replace(record, reason=f"{record.reason}{told}" if end else f"dropped: {trouble}")
+        early = f"; stopped early: {trouble}" if trouble else ""
+        record = replace(record, reason=f"{record.reason}{early}" if end else f"dropped: {trouble}")
         if not record.kept:
             put(trainable_tensors(self.network, self.group, head), start)
         if frozen_digest(self.network, self.group) != frozen:
             raise RuntimeError(f"stage {self.shape.name} moved what it had frozen")
-        self.times.append(StageTimes(self.shape.name, train_source.kind, {}, time.perf_counter() - began))
+        seconds = time.perf_counter() - began
+        self.times.append(StageTimes(self.shape.name, train_source.kind, predicted, seconds))
+        told = (self.shape.name, seconds, predicted[train_source.kind], train_source.kind)
+        logger.info("stage %s took %.1f s; %.1f s were expected, with what is frozen %s", *told)
         logger.info("stage %s: %s", self.shape.name, record.reason)
         return record, head.folded() if record.kept else self.head
 
-    def _open(self, pixels: PixelSource, used_bytes: int, what: str) -> tuple[BoundarySource, int]:
+    def _open(self, pixels: PixelSource, used_bytes: int, what: str, *, passes: float) -> tuple[BoundarySource, int]:
         return open_boundary(
             self.network,
             self.group,
             pixels,
+            passes=passes,
             max_bytes=self.settings.boundary_cache_bytes - used_bytes,
             directory=self.checkpoints.path.parent,
             batch_size=self.settings.batch_size,
             what=f"{self.shape.name}: {what} boundary",
         )
+
+    def _passes(self) -> float:
+        """How often training would see each picture, were its work not limited."""
+        settings, num_images = self.settings, len(self.train.labels)
+        length = stage_length(
+            num_images=num_images,
+            batch_size=settings.batch_size,
+            epochs=settings.epochs,
+            length_factor=self.shape.length_factor,
+            max_steps=settings.max_steps,
+            affordable_steps=settings.max_steps,
+        )
+        return length.steps / length.steps_per_epoch
+
+    def _predicted(self, head: StandardisedHead, steps: int) -> dict[str, float]:
+        """Seconds of the stage's training either way, from the second of two batches."""
+        source = RecomputedBoundary(self.network, self.group, self.train.pixels)
+        views, size = source.num_views, min(self.settings.batch_size, source.num_images)
+        batches = [[(index, turn % views) for index in range(size)] for turn in range(2)]
+        frozen_s = step_s = 0.0
+        for batch in batches:
+            began = time.perf_counter()
+            boundary = next(source.batches([batch]))
+            frozen_s, began = time.perf_counter() - began, time.perf_counter()
+            logits = head(self.network.forward_from(boundary, self.group))
+            nn.functional.cross_entropy(logits, torch.zeros(size, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
+            step_s = time.perf_counter() - began
+        forget_gradients(self.network, head)
+        kept = source.num_images * views / size
+        return {"cached": kept * frozen_s + steps * step_s, "recomputed": steps * (frozen_s + step_s)}
 
     def _pace(self, head: StandardisedHead, source: BoundarySource) -> Pace:
         """Rates of the groups that move, and as many steps as the settings and their cost allow."""
@@ -514,9 +549,14 @@ def flop_per_image(network: Network, group: int, head: StandardisedHead, source:
         logits = head(network.forward_from(boundary, group))
         loss = nn.functional.cross_entropy(logits, torch.zeros(1, dtype=torch.int64))
         loss.backward()  # type: ignore[no-untyped-call]
+    forget_gradients(network, head)
+    return float(counter.get_total_flops())
+
+
+def forget_gradients(network: Network, head: StandardisedHead) -> None:
+    """After a backward pass that was only there to be measured."""
     for tensor in (*network.parameters(), *head.parameters()):
         tensor.grad = None
-    return float(counter.get_total_flops())
 
 
 def _reason_to_leave_out(shape: StageShape, records: Sequence[StageRecord], num_groups: int) -> str | None:

@@ -256,10 +256,11 @@ def test_kept_and_recomputed_activations_agree(layout: Layout, tmp_path: Path, a
     network = small_network(architecture)
     group = network.num_groups - 1
     pixels = pixel_source(layout, 5, view_names(3, hflip=False))
-    cached, num_bytes = open_boundary(
-        network, group, pixels, max_bytes=10**9, directory=tmp_path, batch_size=4, what="test"
-    )
-    recomputed, none = open_boundary(network, group, pixels, max_bytes=0, directory=tmp_path, batch_size=4, what="test")
+    work: dict[str, Any] = {"directory": tmp_path, "batch_size": 4, "what": "test"}
+    cached, num_bytes = open_boundary(network, group, pixels, passes=3, max_bytes=10**9, **work)
+    recomputed, none = open_boundary(network, group, pixels, passes=3, max_bytes=0, **work)
+    seldom, _ = open_boundary(network, group, pixels, passes=2, max_bytes=10**9, **work)
+    assert isinstance(seldom, RecomputedBoundary), "three views are kept only where they are seen three times"
     assert isinstance(cached, CachedBoundary)
     assert isinstance(recomputed, RecomputedBoundary)
     assert (num_bytes, none) == (cached.maps.nbytes, 0)
@@ -597,6 +598,10 @@ def test_each_epoch_is_in_the_curves_and_seconds_are_told_apart(layout: Layout, 
     times = json.loads(layout.times("finetune").read_text())
     assert [each["stage"] for each in times["stages"]] == [record.name for record in report.stages if record.steps]
     assert 0 < sum(each["seconds"] for each in times["stages"]) < times["seconds"]
+    for each, record in zip(times["stages"], report.stages, strict=False):
+        assert each["boundary"] == record.boundary == "cached"
+        assert each["predicted_s"]["cached"] > 0
+        assert set(each["predicted_s"]) == {"cached", "recomputed"}
 
 
 def test_from_scratch_starts_from_random_weights_and_is_taken_as_it_is(layout: Layout, repository: Path) -> None:
