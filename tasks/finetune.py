@@ -16,6 +16,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -129,10 +130,14 @@ def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: Finetune
     times: tuple[StageTimes, ...] = ()
     if report.reason:
         logger.info("no fine-tuning: %s", report.reason)
-        _write(layout, report, None, head)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's: of several processes one writes
+            _write(layout, report, None, head)
     else:
+        from tasks.training.processes import joined
+
         work: dict[str, Any] = {"seed": seed, "augment": augment, "finetune": finetune}
-        report, times = _tuned(layout, report, card, head, known, **work)
+        with joined():
+            report, times = _tuned(layout, report, card, head, known, **work)
     told = {
         "seconds": time.perf_counter() - began,
         "cores": available_cores(),
@@ -154,6 +159,7 @@ def _tuned(
     finetune: FinetuneParams,
 ) -> tuple[FinetuneReport, tuple[StageTimes, ...]]:
     """Tries the stages and writes what came of them."""
+    from tasks.training import processes
     from tasks.training.adversarial import harden
     from tasks.training.checkpoint import CheckpointFile
     from tasks.training.staged import deterministic_torch, fine_tune
@@ -162,13 +168,14 @@ def _tuned(
     checkpoints = CheckpointFile(
         layout.checkpoints_dir / CHECKPOINT_NAME, _run_digest(layout, known, seed, augment, finetune)
     )
-    with deterministic_torch(available_cores()):
+    with deterministic_torch(max(1, available_cores() // processes.count())):
         network = _load_network(layout, card)
         sessions = _open_preprocessing(layout, card)
         train_pixels = _labelled(layout, train, head, sessions, report.views, augment)
         val_pixels = _labelled(layout, val, head, sessions, (CENTRE,), augment)
         work: dict[str, Any] = {"train": train_pixels, "val": val_pixels, "settings": _settings(card, seed, finetune)}
-        work |= {"checkpoints": checkpoints, "on_epoch": partial(_write_epochs, layout)}
+        told = partial(_write_epochs, layout) if processes.is_first() else lambda _: None
+        work |= {"checkpoints": checkpoints, "on_epoch": told}
         plain = [stage for stage in finetune.stages if stage not in (ADVERSARIAL, SCRATCH)]
         if SCRATCH in finetune.stages:
             settings = ScratchSettings(**finetune.scratch.model_dump())
@@ -179,9 +186,12 @@ def _tuned(
             work |= {"mean": card.mean, "std": card.std, "adversarial": _adversarial_settings(finetune)}
             tuned = harden(network, tuned, **work)
     report, head = _concluded(report, tuned, val_pixels.labels)
-    _write(layout, report, network if report.kept else None, head)
-    _write_epochs(layout, tuned.curve)
-    checkpoints.remove()
+    processes.wait_for_all()
+    if processes.is_first():
+        _write(layout, report, network if report.kept else None, head)
+        _write_epochs(layout, tuned.curve)
+        checkpoints.remove()
+    processes.wait_for_all()
     return report, tuned.times
 
 

@@ -7,7 +7,7 @@ Read by tasks.__main__ for a stage, and by flows for the sections that concern t
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -137,9 +137,16 @@ class FinetuneParams(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     views: Positive
     boundary_cache_gb: Annotated[float, Field(ge=0)]
+    num_processes: Positive
     stages: Annotated[tuple[Literal["top", "rest", "adversarial", "scratch"], ...], Field(strict=False)]
     adversarial: AdversarialParams
     scratch: ScratchParams
+
+    @model_validator(mode="after")
+    def _only_plain_stages_share_their_batches(self) -> "FinetuneParams":
+        if self.num_processes > 1 and {"adversarial", "scratch"} & set(self.stages):
+            raise ValueError("num_processes above 1 is for the stages top and rest; leave out adversarial and scratch")
+        return self
 
     @field_validator("stages")
     @classmethod

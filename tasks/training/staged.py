@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tasks.models.architectures import Network
 from tasks.models.head import Head
 from tasks.progress import progress
+from tasks.training import processes
 from tasks.training.augmented import Item, LabelledPixels, PixelSource
 from tasks.training.boundary import BoundarySource, RecomputedBoundary, open_boundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
@@ -198,6 +199,7 @@ def fine_tune(
     curve: list[EpochRecord] = []
     times: list[StageTimes] = []
     resumed = checkpoints.load()
+    processes.wait_for_all()  # before the first writes another
     if resumed:
         curve = [EpochRecord(**values) for values in resumed.position["curve"]]
         records = [_record(values) for values in resumed.position["records"]]
@@ -418,9 +420,11 @@ class _Stage:
             num_views=source.num_views,
             batch_size=self.settings.batch_size,
         )[: tuner.pace.length.steps - first]
-        targets = (torch.from_numpy(self.train.labels[[index for index, _ in batch]]) for batch in batches)
+        mine = [processes.share_of(batch) for batch in batches]
+        targets = (torch.from_numpy(self.train.labels[[index for index, _ in batch]]) for batch in mine)
+        weights = map(processes.weight_of, batches)
         try:
-            return tuner.run_epoch(stage_progress(source.batches(batches), tuner, self.shape.name), targets)
+            return tuner.run_epoch(stage_progress(source.batches(mine), tuner, self.shape.name), targets, weights)
         except DivergedError as error:
             raise DivergedError(f"{error} ({pictures_of(self.train.pixels, batches[tuner.step - first])})") from error
 

@@ -6,6 +6,7 @@ There is no random draw in here. Called by ``tasks.training.staged`` and
 """
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from tasks.models.architectures import Boundary, Network
 from tasks.models.head import Head
+from tasks.training import processes
 from tasks.training.checkpoint import prefixed, without_prefix
 from tasks.training.ema import Ema
 from tasks.training.schedule import Recipe, StageLength, warmup_cosine
@@ -107,12 +109,15 @@ class StageTuner:
         self.step = 0
         self.part_size: int | None = None  # pictures at once, where memory does not hold a batch
 
-    def run_epoch(self, boundaries: Iterable[Boundary], labels: Iterable[Tensor]) -> float:
+    def run_epoch(
+        self, boundaries: Iterable[Boundary], labels: Iterable[Tensor], weights: Iterable[float] | None = None
+    ) -> float:
         """One step a batch.
 
         Args:
-            boundaries: Activations of each batch.
-            labels: Class indices (B,) int64 of each batch.
+            boundaries: Activations of each batch, or of this process's share of it.
+            labels: Class indices (B,) int64 of the same.
+            weights: What these pictures' mean loss counts in each batch's; 1 where there is one process.
 
         Returns:
             Mean loss, nats a picture.
@@ -121,8 +126,8 @@ class StageTuner:
             DivergedError: If the loss is not finite.
         """
         total, count = 0.0, 0
-        for boundary, targets in zip(boundaries, labels, strict=True):
-            total += self.descend(partial(self._loss, boundary, targets), len(targets)) * len(targets)
+        for boundary, targets, weight in zip(boundaries, labels, weights or itertools.repeat(1.0)):  # noqa: B905
+            total += self.descend(partial(self._loss, boundary, targets), len(targets), weight) * len(targets)
             count += len(targets)
         return total / count
 
@@ -131,7 +136,7 @@ class StageTuner:
         logits = self.head(self.network.forward_from(Boundary(boundary.maps[part], boundary.pooled[part]), self.group))
         return nn.functional.cross_entropy(logits, targets[part])
 
-    def descend(self, loss_of: Callable[[slice], Tensor], batch_size: int) -> float:
+    def descend(self, loss_of: Callable[[slice], Tensor], batch_size: int, weight: float = 1.0) -> float:
         """One step down the mean loss of a batch; returns its value.
 
         Where memory runs out the batch is halved, for the rest of the stage, and the parts' gradients add up to the
@@ -139,7 +144,8 @@ class StageTuner:
 
         Args:
             loss_of: Mean loss of some pictures of the batch.
-            batch_size: Pictures in the batch.
+            batch_size: Pictures in the batch, or in this process's share of it.
+            weight: What their mean loss counts in the whole batch's.
 
         Raises:
             DivergedError: If the loss is not finite.
@@ -147,36 +153,36 @@ class StageTuner:
         factor = self.pace.schedule(self.step, steps=self.pace.length.steps, warmup_fraction=self.pace.warmup_fraction)
         for group, rate in zip(self.optimiser.param_groups, self.pace.learning_rates, strict=True):
             group["lr"] = rate * factor
-        value = self._accumulate(loss_of, batch_size)
+        value = processes.total(weight * self._accumulate(loss_of, batch_size, weight))
+        if not np.isfinite(value):
+            raise DivergedError(f"the loss is {value} at step {self.step + 1}")
+        processes.add_up_gradients(self.tensors.values())
         nn.utils.clip_grad_norm_(self.tensors.values(), self.pace.clip_norm)
         self.optimiser.step()
         self.ema.update(self.tensors)
         self.step += 1
         return value
 
-    def _accumulate(self, loss_of: Callable[[slice], Tensor], batch_size: int) -> float:
-        """Gradients of the mean loss of a batch, in parts that fit into memory; the loss."""
+    def _accumulate(self, loss_of: Callable[[slice], Tensor], batch_size: int, weight: float) -> float:
+        """Gradients of the weighted mean loss of a batch, in parts that fit into memory; the loss, not weighted."""
         while True:
             size = min(self.part_size or batch_size, batch_size)
             try:
                 self.optimiser.zero_grad(set_to_none=True)
-                return sum(self._backward(loss_of, part, batch_size) for part in parts(batch_size, size))
+                return sum(self._backward(loss_of, part, batch_size, weight) for part in parts(batch_size, size))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or size == 1:
                     raise
             self.part_size = (size + 1) // 2
             logger.warning("out of memory with %d pictures at once: going on with %d, same steps", size, self.part_size)
 
-    def _backward(self, loss_of: Callable[[slice], Tensor], part: slice, batch_size: int) -> float:
+    def _backward(self, loss_of: Callable[[slice], Tensor], part: slice, batch_size: int, weight: float) -> float:
         """Adds a part's share of the gradient; its share of the loss."""
         loss = loss_of(part)
         if part.stop - part.start < batch_size:
             loss = loss * ((part.stop - part.start) / batch_size)
-        value = float(loss.detach())
-        if not np.isfinite(value):
-            raise DivergedError(f"the loss is {value} at step {self.step + 1}")
-        loss.backward()  # type: ignore[no-untyped-call]
-        return value
+        (loss if weight == 1 else weight * loss).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `restore` needs but ``step``."""

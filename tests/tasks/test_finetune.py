@@ -650,6 +650,36 @@ def scratch_of(repository: Path, seconds: float) -> ScratchParams:
     return load_params(repository / "params.yaml").finetune.scratch.model_copy(update={"seconds": seconds})
 
 
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(layout: Layout, repository: Path, tmp_path: Path) -> None:
+    """The same curve up to rounding: each takes half of every batch, and the gradients are added up."""
+    text = (repository / "params.yaml").read_text()
+    for before, after in (
+        ("epochs: auto", "epochs: 3"),
+        ("learning_rate: auto", "learning_rate: 2.0e-3"),
+        ("  views: 4 ", "  views: 2 "),
+        ("stages: [top, rest]", "stages: [top]"),
+    ):
+        assert before in text
+        text = text.replace(before, after, 1)
+    curves, kept = [], []
+    for num in (1, 2):
+        layout.params.write_text(text.replace("num_processes: 1", f"num_processes: {num}"))
+        process = start(repository, "-m", "tasks", "finetune", "--root", str(layout.root))
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == 0, told
+        assert told.count(b"finetune starts") == num
+        curves.append([float(row["train_loss"]) for row in csv.DictReader(io.StringIO(layout.epochs.read_text()))])
+        kept.append(facts(layout)["kept"])
+        assert not layout.checkpoints_dir.exists()
+    assert kept == [["top"]] * 2
+    assert len(curves[0]) == 3
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
+
+
 # Killed and run again
 
 
