@@ -22,7 +22,7 @@ from rich.table import Table
 from deploy.errors import TanukiError
 from deploy.json_log import JsonFormatter
 from flows.commands import operate, production
-from flows.commands.learning import pretrained_app
+from flows.commands.learning import compare, pretrained_app
 from flows.workspace import exclusive, find_workspace, track_raw
 from tasks.layout import Layout
 
@@ -41,6 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(pretrained_app, name="pretrained")
 app.add_typer(production.app)
+app.command()(compare)
 out = Console(highlight=False, soft_wrap=True)
 asides = Console(stderr=True, highlight=False, soft_wrap=True)  # what must not stand in a script's JSON
 

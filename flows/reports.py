@@ -98,9 +98,12 @@ class Summary:
                 lines.append(f"             {name:<17} {share['accuracy']:.4f}  ({interval})")
         confidence = self.reports["evaluate"]["confidence"]
         export = self.reports["export_onnx"]
+        head = self.reports["train_head"]
+        chance = f"warning: the probe is at chance ({head.get('chance_accuracy', 0):.1%}): are the labels right?"
         return [
             f"Accuracy     on {num_test} test images, with {confidence:.0%} intervals",
             *lines,
+            *([_wrapped("             ", chance)] if head.get("is_at_chance") else []),
             f"ONNX parity  largest difference {export['max_probability_difference']:.1e} in a probability, "
             f"{export['top1_agreement']:.0%} the same label",
             *_int8_lines(export.get("int8")),

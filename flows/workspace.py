@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ TAIL_LINES = 40
 LOCK_POLL_S = 0.2
 DVC_CHATTER = re.compile(
     r"^$|^Running stage |^> |^Generating lock|^Updating lock|^Use `dvc push`|^Data and pipelines|^Stage '|^Verifying|"
+    r"^WARNING: No file hash info found|^'.*' didn't change|^Ran experiment|^Experiment results have been applied|"
     r"^To track the changes|^To enable auto|^\s+git add|^Skipping run, checking out|^ERROR: failed to (reproduce|run)"
 )
 
@@ -334,6 +335,22 @@ def run_recipe(layout: Layout, recipe: str, *, timeout_s: float) -> None:
         StageError: If it stopped; the message is its own.
     """
     _stream(layout, recipe, ["tasks", recipe], timeout_s)
+
+
+def run_experiment(layout: Layout, name: str, changes: Mapping[str, str], *, timeout_s: float) -> None:
+    """Runs the pipeline with changed params as a DVC experiment, in the workspace, and logs what it prints.
+
+    Args:
+        layout: The workspace; its params.yaml and outputs are then those of the experiment.
+        name: Of the experiment; there must be none yet.
+        changes: Values by key of params.yaml.
+        timeout_s: After so long it is stopped.
+
+    Raises:
+        StageError: If a stage stopped; the message is its own.
+    """
+    words = [word for key, value in changes.items() for word in ("--set-param", f"{key}={value}")]
+    _stream(layout, name, ["dvc", "exp", "run", "--name", name, *words], timeout_s)
 
 
 def run_part(layout: Layout, index: int, count: int, *, timeout_s: float) -> None:

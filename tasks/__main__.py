@@ -10,6 +10,7 @@ import importlib
 import inspect
 import logging
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ STAGES = (
     "evaluate",
 )
 
-RECIPES = ("pretrain", "suspects", "export_pretrained")
+RECIPES = ("pretrain", "suspects", "export_pretrained", "compare")
 """Run the same way, but no stage of the pipeline."""
 
 TEMPORARY_FAILURE = 75
@@ -56,6 +57,8 @@ def main() -> int:
     layout = Layout(arguments.root.resolve())
     try:
         params = load_params(layout.params)
+        if arguments.stage == "finetune" and params.finetune.num_processes > 1 and "WORLD_SIZE" not in os.environ:
+            return run_together(sys.argv[1:], params.finetune.num_processes)
         if arguments.part:
             run_part(layout, arguments.part, params)
         else:
@@ -77,6 +80,13 @@ def run_part(layout: Layout, part: Part, params: Params) -> None:
     from tasks import cache_features
 
     cache_features.run_part(layout, part, features=params.features, augment=params.augment)
+
+
+def run_together(arguments: list[str], num_processes: int) -> int:
+    """Runs this command as several processes of this machine that know of each other; the exit code."""
+    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return subprocess.run([*together, "-m", "tasks", *arguments], env={**os.environ, **threads}, check=False).returncode
 
 
 def _part(text: str) -> Part:

@@ -42,7 +42,7 @@ from tasks.evaluation.metrics import (
     negative_log_likelihood,
     reliability,
 )
-from tasks.evaluation.model_card import PURPOSE, CardFacts, identity, limits, model_card
+from tasks.evaluation.model_card import PURPOSE, Attacked, CardFacts, identity, limits, model_card
 from tasks.evaluation.page import inline_png, render_page
 from tasks.evaluation.plots import (
     Mistake,
@@ -338,6 +338,16 @@ def _finetuned(layout: Layout) -> tuple[list[str], str]:
         raise DataError(f"{path} cannot be read ({error}). Run the stage finetune (dvc repro finetune).") from error
 
 
+def _attacked(layout: Layout) -> Attacked | None:
+    """Accuracy under attack as finetune measured it, where its adversarial stage was kept."""
+    told = json.loads((layout.finetuned_dir / "finetuned.json").read_text(encoding="utf-8"))
+    kept = [stage for stage in told.get("stages", ()) if stage["kept"] and stage.get("robustness_after")]
+    if not kept:
+        return None
+    accuracy = {name: Accuracy(**share) for name, share in kept[-1]["robustness_after"].items()}
+    return Attacked(kept[-1]["num_attacked"], kept[-1]["epsilon"], accuracy)
+
+
 def _write_latency(path: Path, predictor: Predictor, paths: Sequence[Readable], runs: int) -> None:
     """Times the bundle on a few of the test images. The one file that is not the same twice."""
     few, more = (
@@ -449,6 +459,7 @@ def _facts(
         classes=measured.classes,
         slices=measured.slices,
         robustness=measured.robustness,
+        attacked=_attacked(layout),
     )
 
 

@@ -3,40 +3,56 @@
 Reads the backbone, the probe and the accepted images; writes data/models/finetuned/: finetuned.json always, and the
 tuned network with its head only if a stage was kept. The method is in ``tasks.training.staged``, the rule in
 ``tasks.training.selection``; ``adversarial``, the last stage where it is asked for, is in
-``tasks.training.adversarial``. An interrupted run goes on from data/models/checkpoints/ and gives the same bytes as one
-that was not. torch is imported where a stage is tried, and nowhere else: where none is, the seconds of its import would
-be most of a retrain.
+``tasks.training.adversarial``; ``scratch``, a baseline that stands alone, is in ``tasks.training.scratch``. Loss and
+accuracy of each epoch go to finetune_epochs.csv as they come, seconds to finetune_times.json. An interrupted run goes
+on from data/models/checkpoints/ and gives the same bytes as one that was not. torch is imported where a stage is tried,
+and nowhere else: where none is, the seconds of its import would be most of a retrain.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import logging
+import os
 import shutil
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
-from deploy.files import sha256_bytes, sha256_file, write_bytes, write_json
+from deploy.files import sha256_bytes, sha256_file, write_bytes, write_json, write_text
 from deploy.machine import available_cores
 from deploy.runtime import open_session
 from tasks.data.image_store import open_images
 from tasks.data.manifest import read_manifest
 from tasks.data.views import CENTRE, view_names
-from tasks.errors import BackboneError
+from tasks.errors import BackboneError, TrainingError
 from tasks.export.preprocessing import preprocessing_graph
 from tasks.models.backbone_card import BackboneCard, read_card
 from tasks.models.head import CARD_NAME, WEIGHTS_NAME, Head, read_head, write_head
 from tasks.training.augmented import LabelledPixels, PixelSource
-from tasks.training.schedule import ADVERSARIAL, REFERENCE_BATCH_SIZE, AdversarialSettings, TuningSettings, recipe_for
+from tasks.training.schedule import (
+    ADVERSARIAL,
+    REFERENCE_BATCH_SIZE,
+    SCRATCH,
+    AdversarialSettings,
+    ScratchSettings,
+    TuningSettings,
+    recipe_for,
+)
 from tasks.training.selection import accuracy, best_temperature, negative_log_likelihood
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnxruntime as ort
     import pandas as pd
     from numpy.typing import NDArray
@@ -44,12 +60,14 @@ if TYPE_CHECKING:
     from tasks.layout import Layout
     from tasks.models.architectures import Network
     from tasks.params import AugmentParams, FinetuneParams
-    from tasks.training.staged import FineTuned, StageRecord
+    from tasks.training.staged import EpochRecord, FineTuned, StageRecord, StageTimes
 
 NETWORK_NAME = "network.safetensors"
 FACTS_NAME = "finetuned.json"
 CHECKPOINT_NAME = "finetune.safetensors"
 BYTES_PER_GB = 1_000_000_000
+SCRATCH_VIEWS = 16  # nothing is kept of them, and random weights need more variety
+EPOCH_COLUMNS = ("number", "stage", "epoch", "step", "train_loss", "val_nll", "val_accuracy")
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +113,7 @@ def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: Finetune
         BackboneError: If the backbone is missing or damaged.
         StoreError: If the probe is missing or damaged.
     """
+    began = time.perf_counter()
     card, head = read_card(layout.backbone_card), read_head(layout.head_dir)
     images = read_manifest(layout.accepted)
     known = images[images["label"].isin(head.labels)]
@@ -105,13 +124,27 @@ def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: Finetune
         num_train=len(train),
         num_val=len(val),
         optimiser=recipe_for(card.architecture).optimiser,
-        views=view_names(finetune.views, augment.hflip),
+        views=view_names(SCRATCH_VIEWS if SCRATCH in finetune.stages else finetune.views, augment.hflip),
     )
+    _write_epochs(layout, ())
+    times: tuple[StageTimes, ...] = ()
     if report.reason:
         logger.info("no fine-tuning: %s", report.reason)
-        _write(layout, report, None, head)
-        return report
-    return _tuned(layout, report, card, head, known, seed=seed, augment=augment, finetune=finetune)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's: of several processes one writes
+            _write(layout, report, None, head)
+    else:
+        from tasks.training.processes import joined
+
+        work: dict[str, Any] = {"seed": seed, "augment": augment, "finetune": finetune}
+        with joined():
+            report, times = _tuned(layout, report, card, head, known, **work)
+    told = {
+        "seconds": time.perf_counter() - began,
+        "cores": available_cores(),
+        "stages": [asdict(each) for each in times],
+    }
+    write_json(layout.times("finetune"), told)
+    return report
 
 
 def _tuned(
@@ -124,8 +157,9 @@ def _tuned(
     seed: int,
     augment: AugmentParams,
     finetune: FinetuneParams,
-) -> FinetuneReport:
+) -> tuple[FinetuneReport, tuple[StageTimes, ...]]:
     """Tries the stages and writes what came of them."""
+    from tasks.training import processes
     from tasks.training.adversarial import harden
     from tasks.training.checkpoint import CheckpointFile
     from tasks.training.staged import deterministic_torch, fine_tune
@@ -134,21 +168,57 @@ def _tuned(
     checkpoints = CheckpointFile(
         layout.checkpoints_dir / CHECKPOINT_NAME, _run_digest(layout, known, seed, augment, finetune)
     )
-    with deterministic_torch(available_cores()):
+    with deterministic_torch(max(1, available_cores() // processes.count())):
         network = _load_network(layout, card)
         sessions = _open_preprocessing(layout, card)
         train_pixels = _labelled(layout, train, head, sessions, report.views, augment)
         val_pixels = _labelled(layout, val, head, sessions, (CENTRE,), augment)
         work: dict[str, Any] = {"train": train_pixels, "val": val_pixels, "settings": _settings(card, seed, finetune)}
-        plain = [stage for stage in finetune.stages if stage != ADVERSARIAL]
-        tuned = fine_tune(network, head, stages=plain, checkpoints=checkpoints, **work)
+        told = partial(_write_epochs, layout) if processes.is_first() else lambda _: None
+        work |= {"checkpoints": checkpoints, "on_epoch": told}
+        plain = [stage for stage in finetune.stages if stage not in (ADVERSARIAL, SCRATCH)]
+        if SCRATCH in finetune.stages:
+            settings = ScratchSettings(**finetune.scratch.model_dump())
+            tuned = _from_scratch(network, head, architecture=card.architecture, scratch=settings, **work)
+        else:
+            tuned = fine_tune(network, head, stages=plain, **work)
         if ADVERSARIAL in finetune.stages:
             work |= {"mean": card.mean, "std": card.std, "adversarial": _adversarial_settings(finetune)}
-            tuned = harden(network, tuned, checkpoints=checkpoints, **work)
+            tuned = harden(network, tuned, **work)
     report, head = _concluded(report, tuned, val_pixels.labels)
-    _write(layout, report, network if report.kept else None, head)
-    checkpoints.remove()
-    return report
+    processes.wait_for_all()
+    if processes.is_first():
+        _write(layout, report, network if report.kept else None, head)
+        _write_epochs(layout, tuned.curve)
+        checkpoints.remove()
+    processes.wait_for_all()
+    return report, tuned.times
+
+
+def _from_scratch(network: Network, head: Head, **work: Any) -> FineTuned:
+    """The baseline from random weights.
+
+    Raises:
+        TrainingError: If it diverges: there is nothing to fall back to.
+    """
+    from tasks.training.scratch import from_scratch
+    from tasks.training.tuner import DivergedError
+
+    try:
+        return from_scratch(network, head, **work)
+    except DivergedError as error:
+        raise TrainingError(
+            f"Training from random weights failed: {error}. Lower finetune.scratch.learning_rate."
+        ) from error
+
+
+def _write_epochs(layout: Layout, curve: Sequence[EpochRecord]) -> None:
+    """The learning curves so far."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(EPOCH_COLUMNS)
+    writer.writerows((number, *astuple(each)) for number, each in enumerate(curve, start=1))
+    write_text(layout.epochs, text.getvalue())
 
 
 def _reason_to_leave_out(finetune: FinetuneParams, num_val: int) -> str | None:

@@ -128,6 +128,15 @@ class Layout:
         """The metrics file of a stage."""
         return self.reports_dir / f"{stage}.json"
 
+    def times(self, stage: str) -> Path:
+        """Seconds of a stage, apart from its report, which tells no time (train_head, finetune)."""
+        return self.reports_dir / f"{stage}_times.json"
+
+    @property
+    def epochs(self) -> Path:
+        """Loss and accuracy after each epoch, written while finetune runs."""
+        return self.reports_dir / "finetune_epochs.csv"
+
     @property
     def validation_dir(self) -> Path:
         """Data Docs and the pictures of what failed."""
@@ -186,6 +195,21 @@ class Layout:
     def captures_dir(self) -> Path:
         """Where `tanuki drift` looks for what a server captured, unless told otherwise."""
         return self.data / "captures"
+
+    @property
+    def compare_dir(self) -> Path:
+        """What each way to learn came to, and the table and picture of them; no DVC output."""
+        return self.reports_dir / "compare"
+
+    @property
+    def compare_ways(self) -> Path:
+        """Which ways there are, for the recipe that draws them up."""
+        return self.compare_dir / "ways.json"
+
+    @property
+    def compare_sandbox(self) -> Path:
+        """A clone of this workspace that `tanuki compare` runs its experiments in."""
+        return self.root / ".dvc" / "tmp" / "tanuki-compare"
 
     @property
     def registry_dir(self) -> Path:

@@ -8,7 +8,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -106,6 +106,7 @@ class FeaturesParams(Section):
 class TrainHeadParams(Section):
     """The linear probe's regularisation path and its cross-validation."""
 
+    method: Literal["probe", "as_is"]
     min_log10_c: float
     max_log10_c: float
     num_c: Annotated[int, Field(ge=2)]
@@ -127,6 +128,15 @@ class AdversarialParams(Section):
     val_images: Positive
 
 
+class ScratchParams(Section):
+    """The baseline from random weights."""
+
+    seconds: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+
+
 class FinetuneParams(Section):
     """Staged fine-tuning from the probe."""
 
@@ -144,14 +154,24 @@ class FinetuneParams(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     views: Positive
     boundary_cache_gb: Annotated[float, Field(ge=0)]
-    stages: Annotated[tuple[Literal["top", "rest", "adversarial"], ...], Field(strict=False)]
+    num_processes: Positive
+    stages: Annotated[tuple[Literal["top", "rest", "adversarial", "scratch"], ...], Field(strict=False)]
     adversarial: AdversarialParams
+    scratch: ScratchParams
+
+    @model_validator(mode="after")
+    def _only_plain_stages_share_their_batches(self) -> "FinetuneParams":
+        if self.num_processes > 1 and {"adversarial", "scratch"} & set(self.stages):
+            raise ValueError("num_processes above 1 is for the stages top and rest; leave out adversarial and scratch")
+        return self
 
     @field_validator("stages")
     @classmethod
     def _adversarial_comes_last(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
         if "adversarial" in stages[:-1]:
             raise ValueError("adversarial comes once, as the last stage")
+        if "scratch" in stages and len(stages) > 1:
+            raise ValueError("scratch is a baseline from random weights and stands alone")
         return stages
 
 

@@ -15,7 +15,7 @@ LOG_INTERVAL_S = 5.0
 logger = logging.getLogger(__name__)
 
 
-def progress(items: Iterable[Item], *, total: int, what: str, unit: str = "img") -> Iterator[Item]:
+def progress(items: Iterable[Item], *, total: int, what: str, unit: str = "img", done: int = 0) -> Iterator[Item]:
     """Yields the items and shows how far the work is.
 
     Args:
@@ -23,19 +23,25 @@ def progress(items: Iterable[Item], *, total: int, what: str, unit: str = "img")
         total: How many there are.
         what: The name of the work, such as the stage.
         unit: What is counted.
+        done: How many of them were worked through before.
     """
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=what, unit=unit, file=sys.stderr, delay=0.5)
+        yield from tqdm(
+            items, total=total, initial=done, desc=what, unit=unit, file=sys.stderr, delay=0.5, leave=not done
+        )
     else:
-        yield from _logged(items, total, what, unit)
+        yield from _logged(items, total, what, unit, done)
 
 
-def _logged(items: Iterable[Item], total: int, what: str, unit: str) -> Iterator[Item]:
-    """A line every LOG_INTERVAL_S: how many are done, and how many a second."""
+def _logged(items: Iterable[Item], total: int, what: str, unit: str, done: int) -> Iterator[Item]:
+    """A line every LOG_INTERVAL_S: how many are done, how many a second, and how long the rest will take."""
     start = told = time.monotonic()
     for count, item in enumerate(items):
         now = time.monotonic()
         if now - told >= LOG_INTERVAL_S:
             told = now
-            logger.info("%s: %d of %d %s, %.0f a second", what, count, total, unit, count / (now - start))
+            rate = count / (now - start)
+            rest = (total - done - count) / rate if rate else 0.0
+            told_of = (what, done + count, total, unit, rate, rest)
+            logger.info("%s: %d of %d %s, %.3g a second, %.0f s to go", *told_of)
         yield item

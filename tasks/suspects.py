@@ -59,6 +59,8 @@ def run(layout: Layout, *, seed: int, train_head: TrainHeadParams) -> SuspectsRe
     """
     card, labels = read_card(layout.backbone_card), read_head(layout.head_dir).labels
     notes = json.loads((layout.head_dir / CARD_NAME).read_text(encoding="utf-8"))["notes"]
+    if notes["log10_c"] is None:
+        raise DataError("Labels are judged by the linear probe: set train_head.method to probe, then retrain.")
     images = read_manifest(layout.accepted)
     images = images[images["label"].isin(labels)]
     judged, names, probabilities = out_of_fold_probabilities(

@@ -1,46 +1,71 @@
-"""Stage train_head: the linear probe on stored features. No image is read, no backbone is run, no torch is imported."""
+"""Stage train_head: the linear probe on stored features. No image is read, no backbone is run, no torch is imported.
+
+With ``train_head.method: as_is`` there is no fit: the backbone's own classifier answers where it knows all the classes
+by name and is one linear layer, else the class prototypes do. That is what a pretrained model does without training.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploy.files import write_json
+from deploy.machine import available_cores
 from tasks.data.features import load_features
 from tasks.data.manifest import class_names, read_manifest
 from tasks.data.views import training_views
 from tasks.errors import ParamsError
+from tasks.evaluation.metrics import wilson_interval
 from tasks.models.backbone_card import read_card
 from tasks.models.head import write_head
-from tasks.training.linear_probe import PathPoint, fit_probe
+from tasks.models.own_head import own_head, same_names
+from tasks.training.linear_probe import PathPoint, Probe, fit_probe
+from tasks.training.prototypes import class_prototypes
 from tasks.training.temperature import row_nll
 
 if TYPE_CHECKING:
     import pandas as pd
+    from numpy.typing import NDArray
 
     from tasks.layout import Layout
     from tasks.models.backbone_card import BackboneCard
     from tasks.models.head import Head
     from tasks.params import AugmentParams, FeaturesParams, TrainHeadParams
 
+CONFIDENCE = 0.99  # of the claim that a probe knows more than the commonest class
+SOLVER = "L-BFGS, multinomial, every image weighs the same"
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainHeadReport:
-    """The chosen probe; out-of-fold and val numbers are None where there was nothing to judge on."""
+    """The chosen head; out-of-fold and val numbers are None where there was nothing to judge on.
 
+    ``method`` is ``probe``, ``own_classes`` (the backbone's own classifier) or ``prototypes``; all but the first have
+    no fit to tell of. ``num_same_names`` of the classes bear the name of one of the backbone's own. ``is_at_chance``
+    where the held-out accuracy is not beyond noise above ``chance_accuracy``, that of always naming the largest class.
+    """
+
+    method: str
+    num_same_names: int
     num_train: int
+    num_train_by_class: dict[str, int]
     num_classes: int
     views: tuple[str, ...]
     feature_dim: int
-    log10_c: float
-    temperature: float
+    solver: str | None
+    log10_c: float | None
+    temperature: float | None
     num_parts: int
     num_held_out: int
     out_of_fold_accuracy: float | None
+    chance_accuracy: float
+    is_at_chance: bool
     out_of_fold_nll: float | None
     num_val: int
     val_accuracy: float | None
@@ -65,6 +90,7 @@ def run(
             f"params.yaml: train_head.min_log10_c ({train_head.min_log10_c:g}) must be below "
             f"train_head.max_log10_c ({train_head.max_log10_c:g})."
         )
+    began = time.perf_counter()
     card = read_card(layout.backbone_card)
     images = read_manifest(layout.accepted)
     train = images[images["split"] == "train"]
@@ -73,29 +99,57 @@ def run(
         features.views, num_train=len(train), min_area_fraction=augment.min_area_fraction, hflip=augment.hflip
     )
     stored = load_features(layout.features_dir, card, shas, views).reshape(len(views), len(shas), -1)
-    probe = fit_probe(stored, labels, groups, classes=class_names(images), seed=seed, **train_head.model_dump())
-    num_val, val_accuracy, val_nll = _judge(layout, card, probe.head, images[images["split"] == "val"])
+    same = same_names(class_names(images), card.labels or ())
+    probe, method = None, "probe"
+    if train_head.method == "as_is":
+        head, method = _as_is(layout, card, stored[0], labels, same)
+    else:
+        settings = train_head.model_dump(exclude={"method"})
+        probe = fit_probe(stored, labels, groups, classes=class_names(images), seed=seed, **settings)
+        head = probe.head
+    chance = max(labels.count(label) for label in head.labels) / len(labels)
+    num_val, val_accuracy, val_nll = _judge(layout, card, head, images[images["split"] == "val"])
     report = TrainHeadReport(
+        method=method,
+        num_same_names=len(same),
         num_train=len(train),
-        num_classes=len(probe.head.labels),
+        num_train_by_class={label: labels.count(label) for label in head.labels},
+        num_classes=len(head.labels),
         views=views,
         feature_dim=card.feature_dim,
-        log10_c=probe.log10_c,
-        temperature=probe.temperature,
-        num_parts=probe.num_parts,
-        num_held_out=probe.num_held_out,
-        out_of_fold_accuracy=probe.accuracy,
-        out_of_fold_nll=probe.nll,
+        solver=SOLVER if probe else None,
+        log10_c=probe.log10_c if probe else None,
+        temperature=probe.temperature if probe else None,
+        num_parts=probe.num_parts if probe else 0,
+        num_held_out=probe.num_held_out if probe else 0,
+        out_of_fold_accuracy=probe.accuracy if probe else None,
+        chance_accuracy=chance,
+        is_at_chance=bool(probe and probe.accuracy is not None and _lower(probe) <= chance),
+        out_of_fold_nll=probe.nll if probe else None,
         num_val=num_val,
         val_accuracy=val_accuracy,
         val_nll=val_nll,
-        num_iterations=probe.num_iterations,
-        converged=probe.converged,
-        path=probe.path,
+        num_iterations=probe.num_iterations if probe else 0,
+        converged=probe.converged if probe else True,
+        path=probe.path if probe else (),
     )
-    write_head(layout.head_dir, probe.head, {"kind": "linear probe", "seed": seed, **asdict(report)})
+    kind = {"probe": "linear probe", "own_classes": "the backbone's own classes", "prototypes": "class prototypes"}
+    write_head(layout.head_dir, head, {"kind": kind[method], "seed": seed, **asdict(report)})
     _log(report)
+    write_json(layout.times("train_head"), {"seconds": time.perf_counter() - began, "cores": available_cores()})
     return report
+
+
+def _as_is(
+    layout: Layout, card: BackboneCard, features: NDArray[np.float32], labels: list[str], same: dict[str, int]
+) -> tuple[Head, str]:
+    """A head without a gradient step: the backbone's own classes where all overlap, else class prototypes."""
+    if set(same) >= set(labels):
+        columns = {label: same[label] for label in set(labels)}
+        head = own_head(layout.backbone_weights, card.architecture, columns=columns, feature_dim=card.feature_dim)
+        if head is not None:
+            return head, "own_classes"
+    return class_prototypes(features, labels), "prototypes"
 
 
 def _judge(layout: Layout, card: BackboneCard, head: Head, val: pd.DataFrame) -> tuple[int, float | None, float | None]:
@@ -108,7 +162,17 @@ def _judge(layout: Layout, card: BackboneCard, head: Head, val: pd.DataFrame) ->
     return len(known), float((logits.argmax(axis=1) == targets).mean()), float(row_nll(logits, targets).mean())
 
 
+def _lower(probe: Probe) -> float:
+    """Lower end of the interval of the held-out accuracy."""
+    num = probe.num_held_out
+    return wilson_interval(round((probe.accuracy or 0) * num), num, CONFIDENCE)[0]
+
+
 def _log(report: TrainHeadReport) -> None:
+    if report.log10_c is None or report.temperature is None:
+        told = (report.method, report.num_same_names, report.num_classes, _percent(report.val_accuracy), report.num_val)
+        logger.info("no fit: %s; %d of %d classes are the backbone's own, val accuracy %s on %d", *told)
+        return
     logger.info(
         "C = 10^%.2f of %d tried, temperature %.2f; out-of-fold accuracy %s on %d, val accuracy %s on %d",
         report.log10_c,
@@ -119,6 +183,14 @@ def _log(report: TrainHeadReport) -> None:
         _percent(report.val_accuracy),
         report.num_val,
     )
+    if report.is_at_chance:
+        logger.warning(
+            "the probe is at chance: held-out accuracy %s on %d images, and always naming the largest class gives %s. "
+            "Are the labels right (`tanuki suspects`), and does the backbone suit the pictures (backbone.source)?",
+            _percent(report.out_of_fold_accuracy),
+            report.num_held_out,
+            _percent(report.chance_accuracy),
+        )
     if not report.converged:
         logger.warning("the last fit stopped after %d iterations before it converged", report.num_iterations)
 

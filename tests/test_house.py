@@ -129,6 +129,7 @@ def test_every_path_of_dvc_yaml_is_named_in_the_layout(repository: Path, stages)
     paths = [getattr(layout, name) for name, value in vars(Layout).items() if isinstance(value, property)]
     named = {path.relative_to(repository).as_posix() for path in paths}
     named |= {layout.report(stage).relative_to(repository).as_posix() for stage in STAGES}
+    named |= {layout.times(stage).relative_to(repository).as_posix() for stage in ("train_head", "finetune")}
     evaluation = layout.evaluation_dir.relative_to(repository).as_posix()
     written = {out for stage in stages.values() for out in stage.outs}
     assert {out for out in written if not out.startswith(f"{evaluation}/")} <= named

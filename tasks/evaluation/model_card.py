@@ -16,6 +16,21 @@ PURPOSE = (
 
 
 @dataclass(frozen=True)
+class Attacked:
+    """Accuracy on validation images that were disturbed to mislead the model; an upper bound.
+
+    Args:
+        num_images: Validation images.
+        epsilon: Largest change of a value in 0..1.
+        accuracy: By attack; ``clean`` is none.
+    """
+
+    num_images: int
+    epsilon: float
+    accuracy: Mapping[str, Accuracy]
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """All that the card says.
 
@@ -40,6 +55,7 @@ class CardFacts:
         classes: Scores of each class, in the order of the labels.
         slices: Parts of the test images.
         robustness: On corrupted pictures; None where that was not measured.
+        attacked: On attacked ones, where it was trained to withstand that; else None.
     """
 
     labels: Sequence[str]
@@ -62,6 +78,7 @@ class CardFacts:
     classes: Sequence[ClassScore]
     slices: Sequence[Slice]
     robustness: Robustness | None
+    attacked: Attacked | None
 
 
 def model_card(facts: CardFacts) -> str:
@@ -131,8 +148,8 @@ def _measured(facts: CardFacts) -> str:
         f"\n\nWhat ships, further: balanced accuracy {facts.balanced_accuracy:.1%} "
         f"({ranges.balanced_accuracy_low:.1%} to {ranges.balanced_accuracy_high:.1%}), macro F1 {facts.macro_f1:.3f} "
         f"({ranges.macro_f1_low:.3f} to {ranges.macro_f1_high:.3f}), negative log-likelihood {facts.nll:.4f} nats, "
-        f"calibration error {facts.ece:.1%}{_robust(facts.robustness)}. It was measured as it ships: the exported "
-        "bundle, through the predictor that serves it."
+        f"calibration error {facts.ece:.1%}{_robust(facts.robustness)}.{_attacked(facts.attacked)} "
+        "It was measured as it ships: the exported bundle, through the predictor that serves it."
     )
     return "\n".join([*header, *rows]) + rest
 
@@ -143,6 +160,20 @@ def _robust(found: Robustness | None) -> str:
     each = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in found.corruptions.items())
     return (
         f"; on {found.num_images:,} of the test images, spoiled, {found.mean:.1%} ({each}), unspoiled {found.clean:.1%}"
+    )
+
+
+def _attacked(found: Attacked | None) -> str:
+    if found is None:
+        return ""
+    names = {"clean": "as they are"}
+    each = ", ".join(
+        f"{names.get(name, name)} {share.accuracy:.1%} ({share.accuracy_low:.1%} to {share.accuracy_high:.1%})"
+        for name, share in found.accuracy.items()
+    )
+    return (
+        f" Trained to withstand attacks: of {found.num_images:,} validation images, changed by at most "
+        f"{255 * found.epsilon:.3g} of 255 in each value, it has right {each}; an upper bound: others are stronger."
     )
 
 

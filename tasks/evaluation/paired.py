@@ -79,6 +79,27 @@ def compare(
     )
 
 
+def difference_interval(
+    right: Bools, right_before: Bools, *, confidence: float, draws: int, seed: int
+) -> tuple[float, float, float]:
+    """The paired difference in accuracy of two models on the same N images, and its two-sided interval (bootstrap).
+
+    Args:
+        right: Whether the one is right, (N,).
+        right_before: Whether the other is, (N,).
+        confidence: Two-sided.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Returns:
+        Difference, lower and upper end.
+    """
+    gains = right.astype(np.int8) - right_before.astype(np.int8)  # (N,) of -1, 0, 1
+    drawn = _resampled_means(gains, draws, np.random.default_rng(seed))
+    low, high = np.quantile(drawn, ((1 - confidence) / 2, (1 + confidence) / 2))
+    return _settled(float(gains.mean())), _settled(float(low)), _settled(float(high))
+
+
 def mcnemar_midp(wins: int, losses: int) -> float:
     """One-sided mid-p of McNemar's test that the challenger is no better; small where wins outnumber losses.
 

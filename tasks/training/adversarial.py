@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,16 +48,21 @@ from tasks.training.schedule import (
 )
 from tasks.training.selection import RobustVerdict, compare_robustness
 from tasks.training.staged import (
+    EpochRecord,
     FineTuned,
+    OnEpoch,
     StageRecord,
+    StageTimes,
     batched,
     embeddings_of,
     epoch_batches,
     flop_per_image,
     kept_tensors,
     logits_of,
+    pictures_of,
     position_of,
     rounded,
+    stage_progress,
 )
 from tasks.training.tuner import (
     DivergedError,
@@ -202,6 +208,7 @@ def harden(
     settings: TuningSettings,
     adversarial: AdversarialSettings,
     checkpoints: CheckpointFile,
+    on_epoch: OnEpoch = lambda _: None,
 ) -> FineTuned:
     """Runs the adversarial stage after the others, from where an interrupted run of the same inputs was.
 
@@ -215,17 +222,22 @@ def harden(
         settings: The numbers that it shares with the other stages.
         adversarial: Its own numbers.
         checkpoints: Where to go on from.
+        on_epoch: Told of all epochs so far, after each.
     """
+    began = time.perf_counter()
     embeddings = embeddings_of(network, 0, RecomputedBoundary(network, 0, val.pixels), settings.batch_size)
     model = PixelClassifier(network, StandardisedHead(tuned.head, embeddings), mean, std)
     resumed = checkpoints.load()
-    stage = _Adversarial(model, tuned, train, val, settings, adversarial, checkpoints)
-    record = stage.run(resumed if resumed and ADVERSARIAL in resumed.position else None)
-    records = (*tuned.records, record)
+    resumed = resumed if resumed and ADVERSARIAL in resumed.position else None
+    curve = [EpochRecord(**values) for values in resumed.position["curve"]] if resumed else list(tuned.curve)
+    stage = _Adversarial(model, tuned, train, val, settings, adversarial, checkpoints, curve, on_epoch)
+    record = stage.run(resumed)
+    times = (*tuned.times, StageTimes(ADVERSARIAL, None, {}, time.perf_counter() - began))
+    tuned = replace(tuned, records=(*tuned.records, record), curve=tuple(curve), times=times)
     if not record.kept:
-        return replace(tuned, records=records)
+        return tuned
     head = stage.head.folded()
-    return FineTuned(head, records, tuned.val_logits_before, logits_of(network, head, val.pixels, settings.batch_size))
+    return replace(tuned, head=head, val_logits_after=logits_of(network, head, val.pixels, settings.batch_size))
 
 
 @dataclass(frozen=True)
@@ -258,6 +270,8 @@ class _Adversarial:
     settings: TuningSettings
     adversarial: AdversarialSettings
     checkpoints: CheckpointFile
+    curve: list[EpochRecord]  # grows by an epoch at a time
+    on_epoch: OnEpoch
 
     @property
     def head(self) -> StandardisedHead:
@@ -364,7 +378,10 @@ class _Adversarial:
                 *(progress.attack, loss, _told(measured), seconds),
             )
             epoch += 1
-            position = {**position_of(self.tuned.records, epoch, tuner.step), ADVERSARIAL: asdict(progress)}
+            accuracy = rounded(float(measured["clean"].mean()))
+            self.curve.append(EpochRecord(ADVERSARIAL, epoch, tuner.step, rounded(loss), None, accuracy))
+            self.on_epoch(self.curve)
+            position = {**position_of(self.tuned.records, self.curve, epoch, tuner.step), ADVERSARIAL: asdict(progress)}
             self.checkpoints.save(Checkpoint(position, {**kept, **tuner.state(), **prefixed("best", best)}))
         return best, progress
 
@@ -386,14 +403,21 @@ class _Adversarial:
             batch_size=self.settings.batch_size,
         )[: length.steps - tuner.step]
         total = 0.0
-        for batch, normalised in zip(batches, pixels.batches(batches), strict=True):
+        first = tuner.step
+        made = stage_progress(pixels.batches(batches), tuner, ADVERSARIAL)
+        for batch, normalised in zip(batches, made, strict=True):
             images, labels = self.model.images(normalised), _labels(self.train, batch)
-            draws = (*self.draws, ATTACK_DRAWS, tuner.step)
-            total += tuner.descend(self._loss(images, labels, attack, draws)) * len(batch)
+            loss_of = partial(self._loss, images, labels, attack, (*self.draws, ATTACK_DRAWS, tuner.step))
+            try:
+                total += tuner.descend(loss_of, len(batch)) * len(batch)
+            except DivergedError as error:
+                raise DivergedError(f"{error} ({pictures_of(pixels, batches[tuner.step - first])})") from error
         return total / sum(map(len, batches))
 
-    def _loss(self, images: Tensor, labels: Tensor, attack: AttackName, draws: Sequence[int]) -> Tensor:
-        """Cross-entropy of pictures as they are and as the attack disturbs them, weighed."""
+    def _loss(self, images: Tensor, labels: Tensor, attack: AttackName, draws: Sequence[int], part: slice) -> Tensor:
+        """Cross-entropy of some pictures as they are and as the attack disturbs them, weighed."""
+        images, labels = images[part], labels[part]
+        draws = (*draws, part.start) if part.start else draws
         settings, rng = self.adversarial, np.random.default_rng(draws)
         with self.model.held():
             if attack == "pgd":
@@ -453,6 +477,7 @@ class _Adversarial:
         return AdversarialRecord(
             name=ADVERSARIAL,
             groups=tuple(range(self.model.network.num_groups)),
+            num_parameters=sum(each.numel() for each in self.model.parameters()),
             epochs=pace.length.epochs,
             steps=pace.length.steps,
             limited_by=pace.length.limited_by,

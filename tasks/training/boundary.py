@@ -2,8 +2,9 @@
 
 The frozen part of a network gives the same answer in every epoch, so its output is kept: float16 maps in an unnamed
 temporary file, which vanishes with the process however that ends, and what was pooled on the way in memory. Where the
-file would grow over a limit the frozen part runs again for every batch; training then sees the same views in the same
-order.
+file would grow over a limit, or training passes over the pictures fewer times than they have views, the frozen part
+runs again for every batch; training then sees the same views in the same order. The rule counts passes, not seconds:
+a stopwatch would let the load of the machine decide what comes out.
 Called by ``tasks.training.staged``.
 """
 
@@ -110,7 +111,15 @@ class CachedBoundary:
 
 
 def open_boundary(
-    network: Network, group: int, pixels: PixelSource, *, max_bytes: int, directory: Path, batch_size: int, what: str
+    network: Network,
+    group: int,
+    pixels: PixelSource,
+    *,
+    passes: float,
+    max_bytes: int,
+    directory: Path,
+    batch_size: int,
+    what: str,
 ) -> tuple[BoundarySource, int]:
     """Activations of every picture in every view, kept where they fit.
 
@@ -118,6 +127,7 @@ def open_boundary(
         network: The network; its groups below ``group`` stay as they are.
         group: The first group that is not frozen.
         pixels: Where network input comes from.
+        passes: How often each picture is asked for; fewer than it has views, and keeping costs more than it saves.
         max_bytes: Limit of the temporary file.
         directory: Where the temporary file goes.
         batch_size: Pictures that the frozen part sees at once.
@@ -130,6 +140,9 @@ def open_boundary(
         OSError: If the disk has no room for the file.
     """
     recomputed = RecomputedBoundary(network, group, pixels)
+    if passes < recomputed.num_views:
+        logger.info("%s: %.3g passes over %d views: computed in each epoch", what, passes, recomputed.num_views)
+        return recomputed, 0
     first = next(recomputed.batches([[(0, 0)]]))
     rows = recomputed.num_images * recomputed.num_views
     num_bytes = rows * first.maps[0].numel() * np.dtype(np.float16).itemsize

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deploy.files import write_bytes
+from tasks.training import processes
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,9 @@ class CheckpointFile:
     run_digest: str
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Replaces the checkpoint; a reader sees the old one or the new one."""
+        """Replaces the checkpoint; a reader sees the old one or the new one. Of several processes the first writes."""
+        if not processes.is_first():
+            return
         header = {"format_version": FORMAT_VERSION, "run_digest": self.run_digest, "position": checkpoint.position}
         tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
         write_bytes(self.path, save(tensors, {HEADER_KEY: json.dumps(header, sort_keys=True)}))

@@ -21,6 +21,8 @@ EPOCHS_BY_SIZE = ((500, 20), (5_000, 10), (20_000, 6))
 EPOCHS_ABOVE = 3
 ADVERSARIAL = "adversarial"
 """Name of the stage that comes last where it is asked for; the others are in STAGE_SHAPES."""
+SCRATCH = "scratch"
+"""Name of the stage that starts from random weights, alone: the baseline."""
 AttackName = Literal["fgsm_rs", "pgd"]
 SLOW_START, FAST_DECAY = 1e-2, 1e-3
 """Shares of the full rate at the first and at the last step of adversarial fine-tuning."""
@@ -119,6 +121,23 @@ class AdversarialSettings:
     max_clean_loss: float
     max_fall: float
     val_images: int
+
+
+@dataclass(frozen=True)
+class ScratchSettings:
+    """The numbers of the baseline from random weights; see params.yaml, section ``finetune.scratch``.
+
+    Attributes:
+        seconds: Of its steps.
+        learning_rate: AdamW's, at batch size 32.
+        weight_decay: AdamW's.
+        label_smoothing: Share of the target that is spread over all classes.
+    """
+
+    seconds: float
+    learning_rate: float
+    weight_decay: float
+    label_smoothing: float
 
 
 def recipe_for(architecture: str) -> Recipe:

@@ -15,10 +15,11 @@ References:
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import PurePath
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tasks.models.architectures import Network
 from tasks.models.head import Head
+from tasks.progress import progress
+from tasks.training import processes
 from tasks.training.augmented import Item, LabelledPixels, PixelSource
 from tasks.training.boundary import BoundarySource, RecomputedBoundary, open_boundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
@@ -57,6 +60,10 @@ logger = logging.getLogger(__name__)
 VIEW_OFFSETS = 2**31
 """Where the draws of the views' order live among the draws of a stage, beyond any epoch."""
 REPORT_DIGITS = 6
+MAX_NAMED = 32
+"""Pictures of a batch that a message names."""
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class StageRecord:
     Attributes:
         name: ``top`` or ``rest``.
         groups: Layer groups that moved, besides the head.
+        num_parameters: Numbers that moved, the head's among them.
         epochs: Epochs begun; 0 if the stage was not tried.
         steps: Optimiser steps.
         limited_by: The limit that cut it short, if any.
@@ -83,6 +91,7 @@ class StageRecord:
 
     name: str
     groups: tuple[int, ...]
+    num_parameters: int
     epochs: int
     steps: int
     limited_by: str | None
@@ -98,6 +107,47 @@ class StageRecord:
     reason: str
 
 
+@dataclass(frozen=True)
+class EpochRecord:
+    """An epoch, for the learning curves.
+
+    Attributes:
+        stage: Its name.
+        epoch: From 1.
+        step: Steps of the stage done by its end.
+        train_loss: Mean over its pictures, nats.
+        val_nll: Of the averaged weights, nats a validation picture at their best temperature; None: not measured.
+        val_accuracy: Of the same.
+    """
+
+    stage: str
+    epoch: int
+    step: int
+    train_loss: float
+    val_nll: float | None
+    val_accuracy: float | None
+
+
+OnEpoch = Callable[[Sequence[EpochRecord]], None]
+
+
+@dataclass(frozen=True, eq=False)
+class StageTimes:
+    """Where a stage's seconds went; never part of a report. A resumed stage tells of its last run.
+
+    Attributes:
+        stage: Its name.
+        boundary: Whether the frozen part's output was kept or computed in each epoch.
+        predicted_s: Seconds of either way, from the first pictures and steps.
+        seconds: What it took, validation included.
+    """
+
+    stage: str
+    boundary: str | None
+    predicted_s: Mapping[str, float]
+    seconds: float
+
+
 @dataclass(frozen=True, eq=False)
 class FineTuned:
     """The outcome. The network that was handed in holds the kept weights.
@@ -107,12 +157,16 @@ class FineTuned:
         records: One a stage.
         val_logits_before: (N, C) of the validation pictures from the probe.
         val_logits_after: (N, C) of the same from the kept weights.
+        curve: All epochs of all stages.
+        times: One a stage that ran.
     """
 
     head: Head
     records: tuple[StageRecord, ...]
     val_logits_before: NDArray[np.float32]
     val_logits_after: NDArray[np.float32]
+    curve: tuple[EpochRecord, ...] = ()
+    times: tuple[StageTimes, ...] = ()
 
 
 def fine_tune(
@@ -124,6 +178,7 @@ def fine_tune(
     stages: Sequence[str],
     settings: TuningSettings,
     checkpoints: CheckpointFile,
+    on_epoch: OnEpoch = lambda _: None,
 ) -> FineTuned:
     """Runs the stages one after another, from where an interrupted run of the same inputs was.
 
@@ -136,12 +191,17 @@ def fine_tune(
         settings: The numbers.
         checkpoints: Where to go on from; temporary files lie beside it. The caller removes it when it has written
             the outcome.
+        on_epoch: Told of all epochs so far, after each.
     """
     network.to(memory_format=torch.channels_last)
     before = after = logits_of(network, head, val.pixels, settings.batch_size)
     records: list[StageRecord] = []
+    curve: list[EpochRecord] = []
+    times: list[StageTimes] = []
     resumed = checkpoints.load()
+    processes.wait_for_all()  # before the first writes another
     if resumed:
+        curve = [EpochRecord(**values) for values in resumed.position["curve"]]
         records = [_record(values) for values in resumed.position["records"]]
         network.load_trunk(without_prefix("kept/trunk", resumed.tensors))
         head = Head(head.labels, *(resumed.tensors[f"kept/head/{name}"].numpy() for name in ("weight", "bias")))
@@ -153,14 +213,16 @@ def fine_tune(
             logger.info("stage %s: %s", shape.name, reason)
             records.append(_untried(shape, network.num_groups, reason))
             continue
-        stage = _Stage(shape, index, network, head, train, val, settings, checkpoints, tuple(records))
+        stage = _Stage(
+            shape, index, network, head, train, val, settings, checkpoints, tuple(records), curve, times, on_epoch
+        )
         record, head = stage.run(resumed if resumed and resumed.position["epoch"] else None)
         records.append(record)
-        resumed = Checkpoint(position_of(records), kept_tensors(network, head))
+        resumed = Checkpoint(position_of(records, curve), kept_tensors(network, head))
         checkpoints.save(resumed)
     if any(record.kept for record in records):
         after = logits_of(network, head, val.pixels, settings.batch_size)
-    return FineTuned(head, tuple(records), before, after)
+    return FineTuned(head, tuple(records), before, after, tuple(curve), tuple(times))
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +238,9 @@ class _Stage:
     settings: TuningSettings
     checkpoints: CheckpointFile
     records: tuple[StageRecord, ...]
+    curve: list[EpochRecord]  # grows by an epoch at a time
+    times: list[StageTimes]  # grows by a stage
+    on_epoch: OnEpoch
 
     @property
     def group(self) -> int:
@@ -188,13 +253,14 @@ class _Stage:
         Args:
             resumed: A checkpoint from within this stage.
         """
+        began = time.perf_counter()
         frozen = frozen_digest(self.network, self.group)
-        val_source, val_bytes = self._open(self.val.pixels, 0, "val")
+        val_source, val_bytes = self._open(self.val.pixels, 0, "val", passes=math.inf)
         embeddings = embeddings_of(self.network, self.group, val_source, self.settings.batch_size)
         head = StandardisedHead(self.head, embeddings)
         with torch.no_grad():
             before = judge(head(embeddings).numpy(), self.val.labels)
-        train_source, _ = self._open(self.train.pixels, val_bytes, "train")
+        train_source, _ = self._open(self.train.pixels, val_bytes, "train", passes=self._passes())
         pace = self._pace(head, train_source)
         if pace.length.steps < USELESS_STEPS and pace.length.limited_by == "max_tflop":
             reason = f"not tried: finetune.max_tflop affords {pace.length.steps} steps; {USELESS_STEPS} is the least"
@@ -203,6 +269,7 @@ class _Stage:
             _untried(self.shape, self.network.num_groups, ""),
             epochs=pace.length.epochs,
             steps=pace.length.steps,
+            num_parameters=sum(each.numel() for each in trainable_tensors(self.network, self.group, head).values()),
             limited_by=pace.length.limited_by,
             learning_rates=tuple(rounded(rate) for rate in pace.learning_rates),
             boundary=train_source.kind,
@@ -210,28 +277,64 @@ class _Stage:
             val_accuracy_before=rounded(before.accuracy),
         )
         start = copied(trainable_tensors(self.network, self.group, head))
-        try:
-            end = self._train(StageTuner(self.network, self.group, head, pace), train_source, val_source, resumed)
+        predicted = self._predicted(head, pace.length.steps)
+        end, trouble = self._train(StageTuner(self.network, self.group, head, pace), train_source, val_source, resumed)
+        if end:
             record = replace(record, **self._select(head, start, end, before, val_source))
-        except DivergedError as error:
-            record = replace(record, reason=f"dropped: {error}")
+        early = f"; stopped early: {trouble}" if trouble else ""
+        record = replace(record, reason=f"{record.reason}{early}" if end else f"dropped: {trouble}")
         if not record.kept:
             put(trainable_tensors(self.network, self.group, head), start)
         if frozen_digest(self.network, self.group) != frozen:
             raise RuntimeError(f"stage {self.shape.name} moved what it had frozen")
+        seconds = time.perf_counter() - began
+        self.times.append(StageTimes(self.shape.name, train_source.kind, predicted, seconds))
+        told = (self.shape.name, seconds, predicted[train_source.kind], train_source.kind)
+        logger.info("stage %s took %.1f s; %.1f s were expected, with what is frozen %s", *told)
         logger.info("stage %s: %s", self.shape.name, record.reason)
         return record, head.folded() if record.kept else self.head
 
-    def _open(self, pixels: PixelSource, used_bytes: int, what: str) -> tuple[BoundarySource, int]:
+    def _open(self, pixels: PixelSource, used_bytes: int, what: str, *, passes: float) -> tuple[BoundarySource, int]:
         return open_boundary(
             self.network,
             self.group,
             pixels,
+            passes=passes,
             max_bytes=self.settings.boundary_cache_bytes - used_bytes,
             directory=self.checkpoints.path.parent,
             batch_size=self.settings.batch_size,
             what=f"{self.shape.name}: {what} boundary",
         )
+
+    def _passes(self) -> float:
+        """How often training would see each picture, were its work not limited."""
+        settings, num_images = self.settings, len(self.train.labels)
+        length = stage_length(
+            num_images=num_images,
+            batch_size=settings.batch_size,
+            epochs=settings.epochs,
+            length_factor=self.shape.length_factor,
+            max_steps=settings.max_steps,
+            affordable_steps=settings.max_steps,
+        )
+        return length.steps / length.steps_per_epoch
+
+    def _predicted(self, head: StandardisedHead, steps: int) -> dict[str, float]:
+        """Seconds of the stage's training either way, from the second of two batches."""
+        source = RecomputedBoundary(self.network, self.group, self.train.pixels)
+        views, size = source.num_views, min(self.settings.batch_size, source.num_images)
+        batches = [[(index, turn % views) for index in range(size)] for turn in range(2)]
+        frozen_s = step_s = 0.0
+        for batch in batches:
+            began = time.perf_counter()
+            boundary = next(source.batches([batch]))
+            frozen_s, began = time.perf_counter() - began, time.perf_counter()
+            logits = head(self.network.forward_from(boundary, self.group))
+            nn.functional.cross_entropy(logits, torch.zeros(size, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
+            step_s = time.perf_counter() - began
+        forget_gradients(self.network, head)
+        kept = source.num_images * views / size
+        return {"cached": kept * frozen_s + steps * step_s, "recomputed": steps * (frozen_s + step_s)}
 
     def _pace(self, head: StandardisedHead, source: BoundarySource) -> Pace:
         """Rates of the groups that move, and as many steps as the settings and their cost allow."""
@@ -260,41 +363,70 @@ class _Stage:
 
     def _train(
         self, tuner: StageTuner, source: BoundarySource, val_source: BoundarySource, resumed: Checkpoint | None
-    ) -> dict[str, Tensor]:
-        """All epochs; the average of the weights at the end, or at the best epoch if enough pictures can tell."""
+    ) -> tuple[dict[str, Tensor], str | None]:
+        """All epochs: the average of the weights at the end, or at the best epoch if enough pictures can tell.
+
+        Where the loss stops being a number, training stops, and the average at the end of the epoch before counts as
+        the end; there is none (an empty one) where that was the first epoch.
+
+        Returns:
+            The weights, and what went wrong, or None.
+        """
         length = tuner.pace.length
         picks = len(self.val.labels) >= MIN_IMAGES_TO_PICK_EPOCHS
-        best_nll, best, first = math.inf, dict[str, Tensor](), 0
+        best_nll, best, good, first = math.inf, dict[str, Tensor](), dict[str, Tensor](), 0
         kept = kept_tensors(self.network, self.head)  # before anything moves: what a stage that is dropped goes back to
         if resumed:
             first = resumed.position["epoch"]
             best_nll = resumed.position["best_nll"] if picks else math.inf
             best = without_prefix("best", resumed.tensors)
             tuner.restore(resumed.tensors, resumed.position["step"])
+            good = copied(tuner.ema.average)
         for epoch in range(first, length.epochs):
             began = time.perf_counter()
-            batches = epoch_batches(
-                (self.settings.seed, self.index),
-                epoch,
-                num_images=source.num_images,
-                num_views=source.num_views,
-                batch_size=self.settings.batch_size,
-            )[: length.steps - tuner.step]
-            targets = (torch.from_numpy(self.train.labels[[index for index, _ in batch]]) for batch in batches)
-            loss = tuner.run_epoch(source.batches(batches), targets)
-            if picks:
-                nll = self._judge(tuner.head, tuner.tensors, tuner.ema.average, val_source).mean_nll
-                if nll < best_nll:
-                    best_nll, best = nll, copied(tuner.ema.average)
+            try:
+                loss = self._run_epoch(tuner, epoch, source)
+                judged = self._judge(tuner.head, tuner.tensors, tuner.ema.average, val_source)
+            except DivergedError as error:
+                logger.warning("stage %s, epoch %d: %s", self.shape.name, epoch + 1, error)
+                return best or good, str(error)
+            good = copied(tuner.ema.average)
+            if picks and judged.mean_nll < best_nll:
+                best_nll, best = judged.mean_nll, good
             seconds = time.perf_counter() - began
             logger.info(
-                "stage %s, epoch %d/%d, step %d/%d: train loss %.4f%s, %.1f s",
-                *(self.shape.name, epoch + 1, length.epochs, tuner.step, length.steps, loss),
-                *(f", val nll {nll:.4f}" if picks else "", seconds),
+                "stage %s, epoch %d/%d, step %d/%d: train loss %.4f, val nll %.4f, val accuracy %.4f, %.1f s",
+                *(self.shape.name, epoch + 1, length.epochs, tuner.step, length.steps),
+                *(loss, judged.mean_nll, judged.accuracy, seconds),
             )
-            position = position_of(self.records, epoch + 1, tuner.step, best_nll if picks else None)
+            told = map(rounded, (loss, judged.mean_nll, judged.accuracy))
+            self.curve.append(EpochRecord(self.shape.name, epoch + 1, tuner.step, *told))
+            self.on_epoch(self.curve)
+            position = position_of(self.records, self.curve, epoch + 1, tuner.step, best_nll if picks else None)
             self.checkpoints.save(Checkpoint(position, {**kept, **tuner.state(), **prefixed("best", best)}))
-        return best or copied(tuner.ema.average)
+        return best or good, None
+
+    def _run_epoch(self, tuner: StageTuner, epoch: int, source: BoundarySource) -> float:
+        """One step a batch; the mean loss.
+
+        Raises:
+            DivergedError: If it is no number; names the pictures of the batch.
+        """
+        first = tuner.step
+        batches = epoch_batches(
+            (self.settings.seed, self.index),
+            epoch,
+            num_images=source.num_images,
+            num_views=source.num_views,
+            batch_size=self.settings.batch_size,
+        )[: tuner.pace.length.steps - first]
+        mine = [processes.share_of(batch) for batch in batches]
+        targets = (torch.from_numpy(self.train.labels[[index for index, _ in batch]]) for batch in mine)
+        weights = map(processes.weight_of, batches)
+        try:
+            return tuner.run_epoch(stage_progress(source.batches(mine), tuner, self.shape.name), targets, weights)
+        except DivergedError as error:
+            raise DivergedError(f"{error} ({pictures_of(self.train.pixels, batches[tuner.step - first])})") from error
 
     def _select(
         self,
@@ -333,6 +465,8 @@ class _Stage:
         with torch.no_grad():
             logits = head(embeddings_of(self.network, self.group, source, self.settings.batch_size)).numpy()
         put(tensors, own)
+        if not np.isfinite(logits).all():
+            raise DivergedError("the averaged weights give no numbers")
         return judge(logits, self.val.labels)
 
 
@@ -352,6 +486,21 @@ def epoch_batches(
     order = np.random.default_rng([*draws, epoch]).permutation(num_images)
     items = [(int(index), int((offsets[index] + epoch) % num_views)) for index in order]
     return batched(items, batch_size)
+
+
+def stage_progress(batches: Iterator[Batch], tuner: StageTuner, what: str) -> Iterator[Batch]:
+    """The batches, with a bar or lines that say how far the stage is, how fast, and how long it still takes."""
+    return progress(batches, total=tuner.pace.length.steps, what=what, unit="step", done=tuner.step)
+
+
+def pictures_of(pixels: PixelSource, batch: Sequence[Item]) -> str:
+    """The pictures of a batch, for a person who looks for a bad one."""
+    paths = [PurePath(str(pixels.files[index])) for index, _ in batch]
+    names = [
+        f"{path.parent.name}/{path.name} as {pixels.views[view]}" for path, (_, view) in zip(paths, batch, strict=True)
+    ]
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"the batch was {', '.join(names[:MAX_NAMED])}{more}"
 
 
 @contextmanager
@@ -404,9 +553,14 @@ def flop_per_image(network: Network, group: int, head: StandardisedHead, source:
         logits = head(network.forward_from(boundary, group))
         loss = nn.functional.cross_entropy(logits, torch.zeros(1, dtype=torch.int64))
         loss.backward()  # type: ignore[no-untyped-call]
+    forget_gradients(network, head)
+    return float(counter.get_total_flops())
+
+
+def forget_gradients(network: Network, head: StandardisedHead) -> None:
+    """After a backward pass that was only there to be measured."""
     for tensor in (*network.parameters(), *head.parameters()):
         tensor.grad = None
-    return float(counter.get_total_flops())
 
 
 def _reason_to_leave_out(shape: StageShape, records: Sequence[StageRecord], num_groups: int) -> str | None:
@@ -423,6 +577,7 @@ def _untried(shape: StageShape, num_groups: int, reason: str) -> StageRecord:
     return StageRecord(
         name=shape.name,
         groups=tuple(range(shape.first_group(num_groups), num_groups)),
+        num_parameters=0,
         epochs=0,
         steps=0,
         limited_by=None,
@@ -446,10 +601,20 @@ def _record(values: dict[str, Any]) -> StageRecord:
 
 
 def position_of(
-    records: Sequence[StageRecord], epoch: int = 0, step: int = 0, best_nll: float | None = None
+    records: Sequence[StageRecord],
+    curve: Sequence[EpochRecord],
+    epoch: int = 0,
+    step: int = 0,
+    best_nll: float | None = None,
 ) -> dict[str, Any]:
-    """Where a run is: stages done, then epochs and steps done in the one under way."""
-    return {"records": [asdict(record) for record in records], "epoch": epoch, "step": step, "best_nll": best_nll}
+    """Where a run is: stages done, the curves so far, then epochs and steps done in the stage under way."""
+    return {
+        "records": [asdict(record) for record in records],
+        "curve": [asdict(each) for each in curve],
+        "epoch": epoch,
+        "step": step,
+        "best_nll": best_nll,
+    }
 
 
 def kept_tensors(network: Network, head: Head) -> dict[str, Tensor]:

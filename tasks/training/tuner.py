@@ -6,8 +6,11 @@ There is no random draw in here. Called by ``tasks.training.staged`` and
 """
 
 import hashlib
+import itertools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +19,16 @@ from torch import Tensor, nn
 
 from tasks.models.architectures import Boundary, Network
 from tasks.models.head import Head
+from tasks.training import processes
 from tasks.training.checkpoint import prefixed, without_prefix
 from tasks.training.ema import Ema
 from tasks.training.schedule import Recipe, StageLength, warmup_cosine
 
 SGD_MOMENTUM = 0.9
 MIN_SCALE = 1e-6
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+logger = logging.getLogger(__name__)
 
 
 class DivergedError(Exception):
@@ -100,13 +107,17 @@ class StageTuner:
         self.optimiser = _optimiser(network, group, head, pace)
         self.ema = Ema(self.tensors, pace.ema_decay)
         self.step = 0
+        self.part_size: int | None = None  # pictures at once, where memory does not hold a batch
 
-    def run_epoch(self, boundaries: Iterable[Boundary], labels: Iterable[Tensor]) -> float:
+    def run_epoch(
+        self, boundaries: Iterable[Boundary], labels: Iterable[Tensor], weights: Iterable[float] | None = None
+    ) -> float:
         """One step a batch.
 
         Args:
-            boundaries: Activations of each batch.
-            labels: Class indices (B,) int64 of each batch.
+            boundaries: Activations of each batch, or of this process's share of it.
+            labels: Class indices (B,) int64 of the same.
+            weights: What these pictures' mean loss counts in each batch's; 1 where there is one process.
 
         Returns:
             Mean loss, nats a picture.
@@ -115,14 +126,26 @@ class StageTuner:
             DivergedError: If the loss is not finite.
         """
         total, count = 0.0, 0
-        for boundary, targets in zip(boundaries, labels, strict=True):
-            logits = self.head(self.network.forward_from(boundary, self.group))
-            total += self.descend(nn.functional.cross_entropy(logits, targets)) * len(targets)
+        for boundary, targets, weight in zip(boundaries, labels, weights or itertools.repeat(1.0)):  # noqa: B905
+            total += self.descend(partial(self._loss, boundary, targets), len(targets), weight) * len(targets)
             count += len(targets)
         return total / count
 
-    def descend(self, loss: Tensor) -> float:
-        """One step down a loss; returns its value.
+    def _loss(self, boundary: Boundary, targets: Tensor, part: slice) -> Tensor:
+        """Mean cross-entropy of a part of a batch."""
+        logits = self.head(self.network.forward_from(Boundary(boundary.maps[part], boundary.pooled[part]), self.group))
+        return nn.functional.cross_entropy(logits, targets[part])
+
+    def descend(self, loss_of: Callable[[slice], Tensor], batch_size: int, weight: float = 1.0) -> float:
+        """One step down the mean loss of a batch; returns its value.
+
+        Where memory runs out the batch is halved, for the rest of the stage, and the parts' gradients add up to the
+        same step: BatchNorm is frozen, so a picture's loss does not hang on its neighbours.
+
+        Args:
+            loss_of: Mean loss of some pictures of the batch.
+            batch_size: Pictures in the batch, or in this process's share of it.
+            weight: What their mean loss counts in the whole batch's.
 
         Raises:
             DivergedError: If the loss is not finite.
@@ -130,16 +153,36 @@ class StageTuner:
         factor = self.pace.schedule(self.step, steps=self.pace.length.steps, warmup_fraction=self.pace.warmup_fraction)
         for group, rate in zip(self.optimiser.param_groups, self.pace.learning_rates, strict=True):
             group["lr"] = rate * factor
-        value = float(loss.detach())
+        value = processes.total(weight * self._accumulate(loss_of, batch_size, weight))
         if not np.isfinite(value):
             raise DivergedError(f"the loss is {value} at step {self.step + 1}")
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        processes.add_up_gradients(self.tensors.values())
         nn.utils.clip_grad_norm_(self.tensors.values(), self.pace.clip_norm)
         self.optimiser.step()
         self.ema.update(self.tensors)
         self.step += 1
         return value
+
+    def _accumulate(self, loss_of: Callable[[slice], Tensor], batch_size: int, weight: float) -> float:
+        """Gradients of the weighted mean loss of a batch, in parts that fit into memory; the loss, not weighted."""
+        while True:
+            size = min(self.part_size or batch_size, batch_size)
+            try:
+                self.optimiser.zero_grad(set_to_none=True)
+                return sum(self._backward(loss_of, part, batch_size, weight) for part in parts(batch_size, size))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+            self.part_size = (size + 1) // 2
+            logger.warning("out of memory with %d pictures at once: going on with %d, same steps", size, self.part_size)
+
+    def _backward(self, loss_of: Callable[[slice], Tensor], part: slice, batch_size: int, weight: float) -> float:
+        """Adds a part's share of the gradient; its share of the loss."""
+        loss = loss_of(part)
+        if part.stop - part.start < batch_size:
+            loss = loss * ((part.stop - part.start) / batch_size)
+        (loss if weight == 1 else weight * loss).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `restore` needs but ``step``."""
@@ -168,6 +211,17 @@ class StageTuner:
             same = value if value.ndim == 0 else torch.empty_like(parameters[int(index)]).copy_(value)
             moments.setdefault(int(index), {})[key] = same
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
+
+
+def parts(batch_size: int, size: int) -> list[slice]:
+    """A batch in parts of at most ``size``."""
+    return [slice(start, min(start + size, batch_size)) for start in range(0, batch_size, size)]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine had no memory left; torch's CPU says so in a plain RuntimeError."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY)
 
 
 def trainable_tensors(network: Network, group: int, head: StandardisedHead) -> dict[str, nn.Parameter]:

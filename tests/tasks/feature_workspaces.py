@@ -20,7 +20,9 @@ SIZE_PX = 16
 FEATURE_DIM = 24
 AUGMENT = AugmentParams(hflip=False, min_area_fraction=0.5)
 FEATURES = FeaturesParams(depths=1, views=2, engine="onnxruntime", batch_size=4, recheck=4)
-TRAIN_HEAD = TrainHeadParams(min_log10_c=-4, max_log10_c=2, num_c=7, folds=5, max_iterations=200, holdout_above=5000)
+TRAIN_HEAD = TrainHeadParams(
+    method="probe", min_log10_c=-4, max_log10_c=2, num_c=7, folds=5, max_iterations=200, holdout_above=5000
+)
 
 
 def trunk_graph(*, scale: float = 1.0, seed: int = 0) -> onnx.ModelProto:

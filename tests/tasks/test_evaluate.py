@@ -94,7 +94,10 @@ def test_probe_and_bundle_agree_and_beat_the_prototypes(evaluated: tuple[Layout,
 
 
 def test_a_fine_tuned_network_is_the_bundle_and_robustness_can_be_left_out(layout: Layout, params: Params) -> None:
-    write_json(layout.finetuned_dir / "finetuned.json", {"kept": ["top"], "reason": None, "stages": []})
+    share = {"accuracy": 0.625, "accuracy_low": 0.5, "accuracy_high": 0.75}
+    hardened = {"kept": True, "num_attacked": 60, "epsilon": 4 / 255, "robustness_after": {"pgd_20": share}}
+    kept = {"kept": ["top", "adversarial"], "reason": None, "stages": [{"kept": True}, hardened]}
+    write_json(layout.finetuned_dir / "finetuned.json", kept)
     without = params.evaluate.model_copy(update={"robustness_images": 0})
     report = run(layout, seed=params.seed, evaluate=without)
     assert report.robustness is None
@@ -103,7 +106,12 @@ def test_a_fine_tuned_network_is_the_bundle_and_robustness_can_be_left_out(layou
     assert report.finetuned is not None
     assert report.finetuned.accuracy == report.accuracy
     assert report.finetuned_reason is None
-    assert "fine-tuned (top)" in (layout.evaluation_dir / "model_card.md").read_text(encoding="utf-8")
+    card = (layout.evaluation_dir / "model_card.md").read_text(encoding="utf-8")
+    assert "fine-tuned (top, adversarial)" in card
+    assert (
+        "of 60 validation images, changed by at most 4 of 255 in each value, it has right pgd_20 62.5% (50.0% to"
+        in card
+    )
 
 
 def test_two_runs_write_the_same_bytes_but_for_the_times(

@@ -1,12 +1,16 @@
+import csv
 import dataclasses
+import io
 import json
 import logging
 import math
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from deploy.runtime import open_session
 from flows.shards import bring_into
 from tasks import finetune
 from tasks.data.manifest import read_manifest, write_manifest
-from tasks.data.views import view_names
+from tasks.data.views import CENTRE, view_names
 from tasks.errors import BackboneError, DataError, ParamsError
 from tasks.export.preprocessing import preprocessing_graph
 from tasks.finetune import FinetuneReport
@@ -29,7 +33,7 @@ from tasks.layout import Layout
 from tasks.models.architectures import Network, build_network
 from tasks.models.backbone_card import read_card
 from tasks.models.head import Head, read_head, write_head
-from tasks.params import load_params
+from tasks.params import ScratchParams, load_params
 from tasks.training.augmented import PixelSource
 from tasks.training.boundary import CachedBoundary, RecomputedBoundary, open_boundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile
@@ -44,6 +48,7 @@ from tasks.training.schedule import (
     warmup_cosine,
 )
 from tasks.training.selection import best_temperature, compare, judge, negative_log_likelihood
+from tasks.training.staged import EpochRecord, deterministic_torch, fine_tune
 from tasks.training.tuner import (
     Pace,
     StageTuner,
@@ -51,6 +56,7 @@ from tasks.training.tuner import (
     copied,
     frozen_digest,
     interpolated,
+    is_out_of_memory,
     trainable_tensors,
 )
 from tests.tasks.finetune_workspaces import (
@@ -250,10 +256,11 @@ def test_kept_and_recomputed_activations_agree(layout: Layout, tmp_path: Path, a
     network = small_network(architecture)
     group = network.num_groups - 1
     pixels = pixel_source(layout, 5, view_names(3, hflip=False))
-    cached, num_bytes = open_boundary(
-        network, group, pixels, max_bytes=10**9, directory=tmp_path, batch_size=4, what="test"
-    )
-    recomputed, none = open_boundary(network, group, pixels, max_bytes=0, directory=tmp_path, batch_size=4, what="test")
+    work: dict[str, Any] = {"directory": tmp_path, "batch_size": 4, "what": "test"}
+    cached, num_bytes = open_boundary(network, group, pixels, passes=3, max_bytes=10**9, **work)
+    recomputed, none = open_boundary(network, group, pixels, passes=3, max_bytes=0, **work)
+    seldom, _ = open_boundary(network, group, pixels, passes=2, max_bytes=10**9, **work)
+    assert isinstance(seldom, RecomputedBoundary), "three views are kept only where they are seen three times"
     assert isinstance(cached, CachedBoundary)
     assert isinstance(recomputed, RecomputedBoundary)
     assert (num_bytes, none) == (cached.maps.nbytes, 0)
@@ -480,6 +487,199 @@ def test_other_weights_than_the_cards_are_refused(layout: Layout, repository: Pa
         run(layout, repository)
 
 
+# Bad input
+
+
+def test_a_loss_that_is_no_number_stops_the_stage_names_the_pictures_and_keeps_the_last_good_weights(
+    layout: Layout, repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A weight turns into no number after the fifth epoch, as a bad step or a bad memory cell would have it."""
+    params = load_params(repository / "params.yaml")
+    card, head = read_card(layout.backbone_card), read_head(layout.head_dir)
+    network = finetune._load_network(layout, card)
+    sessions = finetune._open_preprocessing(layout, card)
+    frame = read_manifest(layout.accepted)
+    train, val = (
+        finetune._labelled(layout, frame[frame["split"] == split], head, sessions, (CENTRE,), params.augment)
+        for split in ("train", "val")
+    )
+    brisk = params.finetune.model_copy(update={"epochs": 6, "learning_rate": 2e-3})
+
+    def spoil(curve: Sequence[EpochRecord]) -> None:
+        if len(curve) == 5:
+            with torch.no_grad():
+                network.group_parameters(network.num_groups - 1)[0].fill_(math.nan)
+
+    with deterministic_torch(1):
+        tuned = fine_tune(
+            network,
+            head,
+            train=train,
+            val=val,
+            stages=("top",),
+            settings=finetune._settings(card, 0, brisk),
+            checkpoints=CheckpointFile(layout.checkpoints_dir / "c.safetensors", "digest"),
+            on_epoch=spoil,
+        )
+    (record,) = tuned.records
+    assert record.kept
+    step = 5 * math.ceil((NUM_IMAGES - NUM_VAL) / brisk.batch_size) + 1
+    assert re.search(
+        rf"stopped early: the loss is nan at step {step} \(the batch was [0-9]/\d+\.png as centre", record.reason
+    )
+    assert len(tuned.curve) == 5
+    assert all(bool(tensor.isfinite().all()) for tensor in network.trunk_state().values())
+    assert negative_log_likelihood(tuned.val_logits_after, val.labels).mean() < math.inf
+
+
+def test_out_of_memory_halves_the_batch_and_comes_to_the_same_step(caplog: pytest.LogCaptureFixture) -> None:
+    """The device is the only thing that is played: it has room for three pictures."""
+    network = small_network("mobilenet_v3_small")
+    pixels = torch.randn(8, 3, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1] * 4)
+    start = copied(network.trunk_state())
+    ends, losses = [], []
+    for room in (8, 3):
+        network.load_trunk(start)
+        torch.manual_seed(0)
+        tuner = StageTuner(network, 1, blank_head(network), pace_of(network))
+
+        def loss_of(part: slice, tuner: StageTuner = tuner, room: int = room) -> torch.Tensor:
+            if part.stop - part.start > room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+            return torch.nn.functional.cross_entropy(tuner.head(network(pixels[part])), labels[part])
+
+        losses.append(tuner.descend(loss_of, len(labels)))
+        ends.append(copied(tuner.tensors))
+        assert tuner.part_size == (None if room == 8 else 2)
+    assert "out of memory with 4 pictures at once: going on with 2, same steps" in caplog.text
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-4, atol=2e-4, msg=name)
+
+
+def test_an_error_that_is_not_about_memory_is_not_taken_for_one() -> None:
+    network = small_network("mobilenet_v3_small")
+    tuner = StageTuner(network, 1, blank_head(network), pace_of(network))
+
+    def loss_of(part: slice) -> torch.Tensor:
+        raise RuntimeError(f"shapes do not fit, {part}")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        tuner.descend(loss_of, 8)
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+
+
+def pace_of(network: Network) -> Pace:
+    length = stage_length(num_images=8, batch_size=8, epochs=1, length_factor=1, max_steps=100, affordable_steps=100)
+    rates = layer_group_learning_rates(network.num_groups + 1, 1e-3, 0.8)[1:]
+    return Pace(recipe_for("resnet18"), rates, 0.01, length, warmup_fraction=0.1, clip_norm=1e9, ema_decay=0.9)
+
+
+def test_a_plan_with_a_stage_that_does_not_exist_lists_those_that_do(repository: Path, tmp_path: Path) -> None:
+    text = (repository / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("stages: [top, rest]", "stages: [top, features.7]"))
+    with pytest.raises(ParamsError, match=r"finetune\.stages.*'top', 'rest', 'adversarial' or 'scratch'.*features\.7"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(text.replace("stages: [top, rest]", "stages: [scratch, top]"))
+    with pytest.raises(ParamsError, match="stands alone"):
+        load_params(tmp_path / "params.yaml")
+
+
+# Curves, times and the baseline from random weights
+
+
+def test_each_epoch_is_in_the_curves_and_seconds_are_told_apart(layout: Layout, repository: Path) -> None:
+    report = run(layout, repository, epochs=2)
+    rows = list(csv.DictReader(io.StringIO(layout.epochs.read_text())))
+    assert [row["number"] for row in rows] == [str(number) for number in range(1, len(rows) + 1)]
+    assert len(rows) == sum(record.epochs for record in report.stages)
+    assert all(float(row["train_loss"]) > 0 and 0 <= float(row["val_accuracy"]) <= 1 for row in rows)
+    times = json.loads(layout.times("finetune").read_text())
+    assert [each["stage"] for each in times["stages"]] == [record.name for record in report.stages if record.steps]
+    assert 0 < sum(each["seconds"] for each in times["stages"]) < times["seconds"]
+    for each, record in zip(times["stages"], report.stages, strict=False):
+        assert each["boundary"] == record.boundary == "cached"
+        assert each["predicted_s"]["cached"] > 0
+        assert set(each["predicted_s"]) == {"cached", "recomputed"}
+
+
+def test_from_scratch_starts_from_random_weights_and_is_taken_as_it_is(layout: Layout, repository: Path) -> None:
+    report = run(layout, repository, stages=("scratch",), scratch=scratch_of(repository, 1.0))
+    (record,) = report.stages
+    assert report.kept == ("scratch",)
+    assert record.steps >= 20
+    assert record.num_parameters == sum(each.numel() for each in load_trunk(layout).parameters()) + 10 * (
+        read_card(layout.backbone_card).feature_dim + 1
+    )
+    before = load_file(layout.backbone_weights)
+    after = load_file(layout.finetuned_dir / "network.safetensors")
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+    losses = [float(row["train_loss"]) for row in csv.DictReader(io.StringIO(layout.epochs.read_text()))]
+    assert losses[0] < 1.5 * math.log(10)
+    assert not layout.checkpoints_dir.exists()
+
+
+def load_trunk(layout: Layout) -> Network:
+    card = read_card(layout.backbone_card)
+    return build_network(card.architecture, depths=card.depths)
+
+
+@pytest.mark.slow
+def test_a_baseline_from_random_weights_that_is_interrupted_gives_the_same_bytes(
+    layout: Layout, repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With BatchNorm, whose statistics are measured anew at the end; as many steps each time (the least)."""
+    caplog.set_level(logging.INFO, logger="tasks")
+    write_backbone(layout, "mobilenet_v3_small", size_px=SIZE_PX, depths=2)
+    write_probe(layout, load_trunk(layout))
+    changes = {"stages": ("scratch",), "scratch": scratch_of(repository, 1e-3)}
+    whole = run(layout, repository, **changes)
+    assert whole.stages[0].steps == 20
+    expected = {path.name: path.read_bytes() for path in layout.finetuned_dir.iterdir()}
+    handler, logger = InterruptAtSecondEpoch(), logging.getLogger("tasks.training.scratch")
+    logger.addHandler(handler)
+    with pytest.raises(KeyboardInterrupt):
+        run(layout, repository, **changes)
+    logger.removeHandler(handler)
+    assert run(layout, repository, **changes) == whole
+    assert {path.name: path.read_bytes() for path in layout.finetuned_dir.iterdir()} == expected
+
+
+def scratch_of(repository: Path, seconds: float) -> ScratchParams:
+    return load_params(repository / "params.yaml").finetune.scratch.model_copy(update={"seconds": seconds})
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(layout: Layout, repository: Path, tmp_path: Path) -> None:
+    """The same curve up to rounding: each takes half of every batch, and the gradients are added up."""
+    text = (repository / "params.yaml").read_text()
+    for before, after in (
+        ("epochs: auto", "epochs: 3"),
+        ("learning_rate: auto", "learning_rate: 2.0e-3"),
+        ("  views: 4 ", "  views: 2 "),
+        ("stages: [top, rest]", "stages: [top]"),
+    ):
+        assert before in text
+        text = text.replace(before, after, 1)
+    curves, kept = [], []
+    for num in (1, 2):
+        layout.params.write_text(text.replace("num_processes: 1", f"num_processes: {num}"))
+        process = start(repository, "-m", "tasks", "finetune", "--root", str(layout.root))
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == 0, told
+        assert told.count(b"finetune starts") == num
+        curves.append([float(row["train_loss"]) for row in csv.DictReader(io.StringIO(layout.epochs.read_text()))])
+        kept.append(facts(layout)["kept"])
+        assert not layout.checkpoints_dir.exists()
+    assert kept == [["top"]] * 2
+    assert len(curves[0]) == 3
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
+
+
 # Killed and run again
 
 
@@ -525,7 +725,7 @@ import shutil, sys
 from pathlib import Path
 from tasks.__main__ import run_stage
 from tasks.layout import Layout
-from tasks.params import load_params
+from tasks.params import ScratchParams, load_params
 for root in map(Path, sys.argv[1:]):
     run_stage("finetune", Layout(root), load_params(root / "params.yaml"))
 """

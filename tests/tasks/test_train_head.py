@@ -1,5 +1,6 @@
 """The head, the linear probe, prototypes, and the stage train_head on stored features."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -8,13 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from tasks import cache_features, train_head
+from tasks import cache_features, suspects, train_head
+from tasks.data.features import load_features
 from tasks.data.manifest import read_manifest, write_manifest
-from tasks.errors import ParamsError, StoreError, TrainingError
+from tasks.errors import DataError, ParamsError, StoreError, TrainingError
+from tasks.layout import Layout
+from tasks.models.backbone_card import read_card, write_card
 from tasks.models.head import Head, read_head, write_head
+from tasks.models.own_head import own_head, same_names
 from tasks.training.folds import NEVER_HELD_OUT, assign_folds
 from tasks.training.linear_probe import PathPoint, Probe, choose, fit_probe, grouped_standard_error
 from tasks.training.logistic import fit_logistic, principal_basis
@@ -33,7 +39,7 @@ def digits() -> tuple[Features, list[str]]:
 
 def probe(features: Features, labels: list[str], groups: list[str] | None = None, **changes: object) -> Probe:
     """A probe of one view a row."""
-    settings = TRAIN_HEAD.model_dump() | {"seed": 0, "classes": sorted(set(labels))} | changes
+    settings = TRAIN_HEAD.model_dump(exclude={"method"}) | {"seed": 0, "classes": sorted(set(labels))} | changes
     return fit_probe(features[None], labels, groups or [f"{row}" for row in range(len(labels))], **settings)
 
 
@@ -362,3 +368,93 @@ class TestStage:
         wrong = TRAIN_HEAD.model_copy(update={"min_log10_c": 3.0})
         with pytest.raises(ParamsError, match=r"min_log10_c \(3\) must be below"):
             train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=wrong)
+
+
+def train_on(root: Path, counts: dict[str, int], **changes: object) -> train_head.TrainHeadReport:
+    """The stage on drawn pictures."""
+    layout = make_workspace(root, counts)
+    cache_features.run(layout, features=FEATURES, augment=AUGMENT)
+    settings = TRAIN_HEAD.model_copy(update=changes)
+    return train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=settings)
+
+
+class TestBadInput:
+    def test_two_images_a_class_make_a_head(self, tmp_path: Path) -> None:
+        report = train_on(tmp_path, {"ant": 2, "bee": 2, "cat": 2})
+        assert report.num_train_by_class == {"ant": 2, "bee": 2, "cat": 2}
+        assert report.temperature == 1
+        assert np.isfinite(read_head(Layout(tmp_path).head_dir).weight).all()
+
+    def test_a_class_with_hundreds_of_times_anothers_images_does_not_swallow_it(self, tmp_path: Path) -> None:
+        report = train_on(tmp_path, {"ant": 502, "bee": 2})
+        assert report.num_train_by_class == {"ant": 302, "bee": 2}
+        layout = Layout(tmp_path)
+        features = load_features(layout.features_dir, read_card(layout.backbone_card), shas_of(layout, "bee"))
+        assert read_head(layout.head_dir).probabilities(features).argmax(axis=1).tolist() == [1, 1]
+
+    def test_all_labels_the_same_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match="class"):
+            train_on(tmp_path, {"ant": 20})
+
+    def test_shuffled_labels_are_told_to_be_at_chance(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level("INFO", logger="tasks")
+        counts = {"ant": 60, "bee": 60, "cat": 60}
+        assert not train_on(tmp_path, counts).is_at_chance
+        assert "at chance" not in caplog.text
+        layout = Layout(tmp_path)
+        images = read_manifest(layout.accepted)
+        write_manifest(layout.accepted, images.assign(label=np.random.default_rng(0).permutation(images["label"])))
+        report = train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD)
+        assert report.is_at_chance
+        assert report.chance_accuracy == pytest.approx(1 / 3, abs=0.1)
+        assert "the probe is at chance" in caplog.text
+
+
+def shas_of(layout: Layout, label: str) -> list[str]:
+    images = read_manifest(layout.accepted)
+    return images.loc[(images["label"] == label) & (images["split"] == "train"), "sha256"].tolist()
+
+
+class TestAsIs:
+    def test_names_are_the_same_whatever_their_case_and_what_is_between_words(self) -> None:
+        known = ("tench", "Great_white-shark", "crane bird, crane")
+        assert same_names(["great white  shark", "CRANE", "owl"], known) == {"great white  shark": 1, "CRANE": 2}
+
+    def test_without_names_in_common_the_prototypes_answer(self, tmp_path: Path) -> None:
+        report = train_on(tmp_path, {"ant": 50, "bee": 50}, method="as_is")
+        assert (report.method, report.num_same_names, report.log10_c, report.solver) == ("prototypes", 0, None, None)
+        assert report.val_accuracy is not None
+        assert report.val_accuracy > 0.9
+        layout = Layout(tmp_path)
+        with pytest.raises(DataError, match=r"train_head\.method"):
+            suspects.run(layout, seed=0, train_head=TRAIN_HEAD)
+
+    def test_a_linear_classifier_that_knows_all_the_names_answers_itself(self, tmp_path: Path) -> None:
+        """Its rows of these classes, in the part of the embedding that it was made for."""
+        layout = make_workspace(tmp_path, {"ant": 20, "bee": 20})
+        cache_features.run(layout, features=FEATURES, augment=AUGMENT)
+        card = read_card(layout.backbone_card)
+        write_card(
+            layout.backbone_card,
+            dataclasses.replace(card, architecture="resnet18", labels=("owl", "Bee", "wren", "ANT")),
+        )
+        width = card.feature_dim - 1
+        weight = np.random.default_rng(0).normal(size=(4, width)).astype(np.float32)
+        save_file({"fc.weight": weight, "fc.bias": np.arange(4, dtype=np.float32)}, layout.backbone_weights)
+        settings = TRAIN_HEAD.model_copy(update={"method": "as_is"})
+        report = train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=settings)
+        assert (report.method, report.num_same_names) == ("own_classes", 2)
+        head = read_head(layout.head_dir)
+        assert head.labels == ("ant", "bee")
+        np.testing.assert_array_equal(head.weight, np.pad(weight[[3, 1]], ((0, 0), (1, 0))))
+        assert head.bias.tolist() == [3, 1]
+
+    def test_a_classifier_of_several_layers_gives_way_to_prototypes(self, tmp_path: Path) -> None:
+        arrays = {
+            "classifier.0.weight": np.zeros((4, 3), np.float32),
+            "classifier.3.weight": np.zeros((2, 4), np.float32),
+        }
+        save_file(arrays, tmp_path / "w.safetensors")
+        columns = {"ant": 0}
+        assert own_head(tmp_path / "w.safetensors", "mobilenet_v3_small", columns=columns, feature_dim=3) is None
+        assert own_head(tmp_path / "w.safetensors", "vgg11", columns=columns, feature_dim=3) is None

@@ -1,0 +1,240 @@
+"""The baseline from scratch: the same architecture from random weights, for as many seconds as the others took.
+
+All layers learn, BatchNorm with the statistics of its batch; at the end these are measured anew for the averaged
+weights, because running ones are far behind after few steps. What comes out is taken as it is, better or not: it is
+there to be compared with. The steps are what fits into the seconds on this machine, found by timing a few of them
+before anything is kept, so that the learning rate can fall to zero at the end. It is the one stage whose outcome
+depends on the speed of the machine; where a run was interrupted it goes on with the steps that were found. Called by
+``tasks.finetune``.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from tasks.models.architectures import Network, build_network
+from tasks.models.head import Head
+from tasks.training.augmented import Item, LabelledPixels
+from tasks.training.boundary import RecomputedBoundary
+from tasks.training.checkpoint import Checkpoint, CheckpointFile
+from tasks.training.schedule import SCRATCH, Recipe, ScratchSettings, StageLength, TuningSettings
+from tasks.training.selection import judge
+from tasks.training.staged import (
+    EpochRecord,
+    FineTuned,
+    OnEpoch,
+    StageRecord,
+    StageTimes,
+    epoch_batches,
+    logits_of,
+    rounded,
+    stage_progress,
+)
+from tasks.training.tuner import DivergedError, Pace, StageTuner, StandardisedHead, put
+
+REFERENCE_BATCH_SIZE = 32
+TIMED_STEPS, WARM_UP_STEPS = 4, 2
+STATISTICS_BATCHES = 20
+MIN_STEPS = 20
+
+logger = logging.getLogger(__name__)
+
+
+def from_scratch(
+    network: Network,
+    head: Head,
+    *,
+    architecture: str,
+    train: LabelledPixels,
+    val: LabelledPixels,
+    settings: TuningSettings,
+    scratch: ScratchSettings,
+    checkpoints: CheckpointFile,
+    on_epoch: OnEpoch,
+) -> FineTuned:
+    """Trains from random weights.
+
+    Args:
+        network: With the backbone's weights; on return with the new ones.
+        head: The probe, for comparison.
+        architecture: Of the network.
+        train: Training pictures in their views.
+        val: Validation pictures in one view.
+        settings: The numbers that it shares with the other stages.
+        scratch: Its own numbers.
+        checkpoints: Where to go on from.
+        on_epoch: Told of all epochs so far.
+
+    Raises:
+        DivergedError: If the loss is no number any more: there is nothing to fall back to.
+    """
+    began = time.perf_counter()
+    network.to(memory_format=torch.channels_last)
+    before = logits_of(network, head, val.pixels, settings.batch_size)
+    resumed = checkpoints.load()
+    steps = resumed.position["steps"] if resumed else None
+    if steps is None:
+        tuner = _tuner(network, architecture, head, train, settings, scratch, MIN_STEPS)
+        steps = _affordable_steps(tuner, train, settings, scratch)
+        checkpoints.save(Checkpoint({"steps": steps, "epoch": 0, "curve": []}, {}))
+    tuner = _tuner(network, architecture, head, train, settings, scratch, steps)
+    curve = [EpochRecord(**values) for values in resumed.position["curve"]] if resumed else []
+    first = resumed.position["epoch"] if resumed else 0
+    if resumed and first:
+        tuner.restore(resumed.tensors, resumed.position["step"])
+    for epoch in range(first, tuner.pace.length.epochs):
+        loss = _run_epoch(tuner, epoch, train, settings, scratch)
+        curve.append(EpochRecord(SCRATCH, epoch + 1, tuner.step, rounded(loss), None, None))
+        on_epoch(curve)
+        logger.info("stage %s, epoch %d, step %d/%d: train loss %.4f", SCRATCH, epoch + 1, tuner.step, steps, loss)
+        position = {"steps": steps, "epoch": epoch + 1, "step": tuner.step, "curve": [asdict(each) for each in curve]}
+        checkpoints.save(Checkpoint(position, tuner.state()))
+    put(tuner.tensors, tuner.ema.average)
+    _measure_statistics(network, train, settings)
+    found = tuner.head.folded()
+    after = logits_of(network, found, val.pixels, settings.batch_size)
+    start, end = judge(before, val.labels), judge(after, val.labels)
+    record = StageRecord(
+        name=SCRATCH,
+        groups=tuple(range(network.num_groups)),
+        num_parameters=sum(tensor.numel() for tensor in tuner.tensors.values()),
+        epochs=tuner.pace.length.epochs,
+        steps=steps,
+        limited_by="seconds",
+        learning_rates=(rounded(tuner.pace.learning_rates[0]),),
+        boundary=None,
+        val_nll_before=rounded(start.mean_nll),
+        val_nll_after=rounded(end.mean_nll),
+        val_nll_standard_error=None,
+        val_accuracy_before=rounded(start.accuracy),
+        val_accuracy_after=rounded(end.accuracy),
+        alpha=None,
+        kept=True,
+        reason="taken as it is: the baseline from random weights, to compare with",
+    )
+    times = StageTimes(SCRATCH, None, {}, time.perf_counter() - began)
+    return FineTuned(found, (record,), before, after, tuple(curve), (times,))
+
+
+def _tuner(
+    network: Network,
+    architecture: str,
+    head: Head,
+    train: LabelledPixels,
+    settings: TuningSettings,
+    scratch: ScratchSettings,
+    steps: int,
+) -> StageTuner:
+    """Random weights from the seed, a head of zeros, and what moves them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        fresh = build_network(architecture, depths=network.depths)
+    network.load_trunk(fresh.trunk_state())
+    _set_batch_norm(network, training=True)
+    few = _batches(settings, 0, train)[0]
+    source = RecomputedBoundary(network, 0, train.pixels)
+    with torch.no_grad():
+        embeddings = torch.cat([network.forward_from(each, 0) for each in source.batches([few])])
+    blank = Head(head.labels, np.zeros_like(head.weight), np.zeros_like(head.bias))
+    per_epoch = len(_batches(settings, 0, train))
+    pace = Pace(
+        recipe=Recipe("adamw", scratch.learning_rate, 1.0),
+        learning_rates=[scratch.learning_rate * settings.batch_size / REFERENCE_BATCH_SIZE] * (network.num_groups + 1),
+        weight_decay=scratch.weight_decay,
+        length=StageLength(math.ceil(steps / per_epoch), steps, per_epoch, None),
+        warmup_fraction=settings.warmup_fraction,
+        clip_norm=settings.clip_norm,
+        ema_decay=settings.ema_decay,
+    )
+    return StageTuner(network, 0, StandardisedHead(blank, embeddings), pace)
+
+
+def _affordable_steps(
+    tuner: StageTuner, train: LabelledPixels, settings: TuningSettings, scratch: ScratchSettings
+) -> int:
+    """How many steps fit into the seconds, from the time that a few of them take."""
+    batches = (_batches(settings, 0, train) * (TIMED_STEPS + WARM_UP_STEPS))[: TIMED_STEPS + WARM_UP_STEPS]
+    began = time.perf_counter()
+    for index, (batch, pixels) in enumerate(zip(batches, train.pixels.batches(batches), strict=True)):
+        if index == WARM_UP_STEPS:
+            began = time.perf_counter()
+        _descend(tuner, batch, pixels, train, scratch)
+    step_s = (time.perf_counter() - began) / TIMED_STEPS
+    steps = min(settings.max_steps, max(MIN_STEPS, int(scratch.seconds / step_s)))
+    logger.info("stage %s: %.1f steps a second, so %d in %.0f s", SCRATCH, 1 / step_s, steps, scratch.seconds)
+    return steps
+
+
+def _run_epoch(
+    tuner: StageTuner, epoch: int, train: LabelledPixels, settings: TuningSettings, scratch: ScratchSettings
+) -> float:
+    """One step a batch; the mean loss, nats a picture."""
+    batches = _batches(settings, epoch, train)[: tuner.pace.length.steps - tuner.step]
+    pixels = train.pixels.batches(batches)
+    losses = [
+        _descend(tuner, batch, each, train, scratch)
+        for batch, each in zip(batches, stage_progress(pixels, tuner, SCRATCH), strict=True)
+    ]
+    return float(np.mean(losses))
+
+
+def _descend(
+    tuner: StageTuner,
+    batch: Sequence[Item],
+    pixels: NDArray[np.float32],
+    train: LabelledPixels,
+    scratch: ScratchSettings,
+) -> float:
+    """A step; its loss."""
+    images = torch.from_numpy(pixels).contiguous(memory_format=torch.channels_last)
+    labels = torch.from_numpy(train.labels[[index for index, _ in batch]])
+
+    def loss_of(part: slice) -> torch.Tensor:
+        logits = tuner.head(tuner.network(images[part]))
+        return nn.functional.cross_entropy(logits, labels[part], label_smoothing=scratch.label_smoothing)
+
+    return tuner.descend(loss_of, len(batch))
+
+
+def _batches(settings: TuningSettings, epoch: int, train: LabelledPixels) -> list[list[Item]]:
+    """An epoch's batches; one of a single picture has no statistics and is left out."""
+    found = epoch_batches(
+        (settings.seed, 0),
+        epoch,
+        num_images=len(train.labels),
+        num_views=len(train.pixels.views),
+        batch_size=settings.batch_size,
+    )
+    return [batch for batch in found if len(batch) > 1] or found
+
+
+def _set_batch_norm(network: Network, *, training: bool) -> None:
+    """Whether BatchNorm takes the statistics of its batch; the network itself never leaves eval."""
+    for layer in network.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.training = training
+
+
+@torch.no_grad()
+def _measure_statistics(network: Network, train: LabelledPixels, settings: TuningSettings) -> None:
+    """Sets BatchNorm's statistics to their mean over some training batches, with the weights as they are."""
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a plain mean from now on
+    batches = _batches(settings, 0, train)[:STATISTICS_BATCHES]
+    source = RecomputedBoundary(network, 0, train.pixels)
+    embeddings = [network.forward_from(boundary, 0) for boundary in source.batches(batches)]
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    _set_batch_norm(network, training=False)
+    if not all(bool(each.isfinite().all()) for each in embeddings):
+        raise DivergedError("the network from random weights gives no numbers")
