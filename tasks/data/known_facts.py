@@ -50,6 +50,7 @@ class KnownFacts:
         self._texts: list[str] = []
         records = np.concatenate([np.empty(0, RECORD), *(self._read(path) for path in paths)])
         self._records = records[np.argsort(records["key"], kind="stable")]
+        self._keys = np.ascontiguousarray(self._records["key"])
 
     def __len__(self) -> int:
         return len(self._records)
@@ -59,18 +60,19 @@ class KnownFacts:
         if not len(self):
             return None
         digest = bytes.fromhex(sha256)
-        key = np.frombuffer(digest, ">u8", 1).astype(np.uint64)[0]
-        place = int(np.searchsorted(self._records["key"], key))
-        if place == len(self) or self._records["sha256"][place].tobytes() != digest:
+        place = int(np.searchsorted(self._keys, np.uint64(int.from_bytes(digest[:8]))))
+        if place == len(self):
             return None
-        record = self._records[place]
-        phash = record["phash"].tobytes().hex()
+        _, found, phash, alone, mode, file_format, *numbers = self._records[place].item()
+        if found != digest:
+            return None
         return Facts(
             sha256=sha256,
-            phash=phash,
-            group=sha256 if record["alone"] else phash,
-            **{name: self._texts[record[name]] for name in TEXTS},
-            **{name: record[name].item() for name in NUMBERS},
+            phash=phash.hex(),
+            group=sha256 if alone else phash.hex(),
+            mode=self._texts[mode],
+            format=self._texts[file_format],
+            **dict(zip(NUMBERS, numbers, strict=True)),
         )
 
     def _read(self, path: Path) -> NDArray[np.void]:
