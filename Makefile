@@ -42,7 +42,7 @@ format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 
 lock: $(READY)  ## resolve requirements.lock anew
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --extra serve --extra grpc --extra capture --extra train --extra flows --extra timm --extra sign --extra ssh --extra s3 --extra dev pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --extra serve --extra grpc --extra capture --extra train --extra flows --extra timm --extra scale --extra sign --extra ssh --extra s3 --extra dev pyproject.toml -o requirements.lock
 
 clean:  ## drop everything that a retrain makes, but not data/raw and not the registry
 	rm -rf data/manifest data/backbone data/features data/models data/bundle data/reports
