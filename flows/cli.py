@@ -132,10 +132,11 @@ def ingest(
         _print_json(facts) if as_json else out.print(f"Nothing to take from {escape(inbox)}: {left}")
         return
     asides.print("Starting Prefect ...", style="dim")
-    from flows.ingest_inbox import ingest as ingest_flow
     from flows.server import prefect_server
 
     with prefect_server(layout):
+        from flows.ingest_inbox import ingest as ingest_flow
+
         report = ingest_flow(layout.root, inbox, settle_s=settle, publish=publish)
     _print_json(asdict(report)) if as_json else _tell_changed(report)
 
@@ -213,14 +214,15 @@ def retrain(
     """Run every stage that something changed for, put the model before the gate, promote it if it is better."""
     layout = find_workspace(context.obj)
     from flows import promotion, reports, run_metrics
+    from flows.workspace import data_changed, stale_stages
 
     promotion.signing_key(key)
     _prepare_raw(layout, sample=sample)
     start = time.time()
-    if promotion.is_judged(layout, promote=promote):
-        from flows.workspace import stale_stages
-
-        if not stale_stages(layout):
+    stale = None  # any may be
+    if promotion.is_judged(layout, promote=promote) and not data_changed(layout):
+        stale = stale_stages(layout)
+        if not stale:
             if publish:
                 _publish(layout)
             run_metrics.record_retrain(layout, start=start, end=time.time(), succeeded=True)
@@ -228,10 +230,12 @@ def retrain(
             _print_json(summary.as_dict()) if as_json else out.print(summary.text())
             return
     asides.print("Starting Prefect and the pipeline ...", style="dim")
-    from flows.retrain import retrain as retrain_flow
     from flows.server import prefect_server
+    from flows.warm import warm_python
 
-    with prefect_server(layout):
+    with warm_python(layout, stale), prefect_server(layout):
+        from flows.retrain import retrain as retrain_flow
+
         done = retrain_flow(layout.root, promote=promote, publish=publish, key=key)
     if done.published is not None:
         asides.print(escape(done.published.text()))
@@ -496,11 +500,12 @@ def extract(
     """Fill the feature store in parts, side by side, so that the next retrain finds all features there."""
     layout = find_workspace(context.obj)
     asides.print("Starting Prefect and the extraction ...", style="dim")
-    from flows.extract import extract as extract_flow
-    from flows.extract import on_dask
     from flows.server import prefect_server
 
     with prefect_server(layout):
+        from flows.extract import extract as extract_flow
+        from flows.extract import on_dask
+
         (on_dask(dask) if dask else extract_flow)(layout.root, parts=parts)
     out.print("Next: [bold]tanuki retrain[/]")
 
@@ -546,10 +551,11 @@ def pretrain(context: typer.Context, as_json: Json = False) -> None:
     """Train a backbone on a larger, related set, as the section pretrain of params.yaml says."""
     layout = find_workspace(context.obj)
     asides.print("Starting Prefect and the training ...", style="dim")
-    from flows.pretrain import pretrain as pretrain_flow
     from flows.server import prefect_server
 
     with prefect_server(layout):
+        from flows.pretrain import pretrain as pretrain_flow
+
         made = pretrain_flow(layout.root)
     if as_json:
         _print_json(made)

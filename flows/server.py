@@ -2,10 +2,11 @@
 
 Prefect would start one itself, but in the terminal's process group: Ctrl-C ends that server first, and the flow then
 tries for minutes to tell it what happened. This one has a session of its own, and ends with the command however that
-ends.
+ends. It starts while this process imports Prefect, so import flows inside the block.
 """
 
 import atexit
+import os
 import socket
 import subprocess
 import sys
@@ -14,8 +15,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.workspace import WorkspaceError, environment
 from tasks.layout import Layout
@@ -32,6 +31,16 @@ GUARD = (
 )
 
 
+# `prefect server start`, without looking for garbage meanwhile: imports leave none, and it takes a fifth of the start.
+SERVE = (
+    "import gc; gc.disable()\n"
+    "import prefect.server.api.server\n"
+    "gc.freeze(); gc.enable()\n"
+    "from prefect.cli import app\n"
+    "app()\n"
+)
+
+
 @contextmanager
 def prefect_server(layout: Layout) -> Iterator[None]:
     """The server that flows in this block talk to: the one that is configured, or a temporary one.
@@ -39,15 +48,28 @@ def prefect_server(layout: Layout) -> Iterator[None]:
     Raises:
         WorkspaceError: If the temporary server does not start; names its log.
     """
-    if PREFECT_API_URL.value():
-        yield
-        return
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    serve = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-services", "--no-ui"]
+    guard = None if os.environ.get("PREFECT_API_URL") else _start(layout, port, url)
+    from prefect.settings import PREFECT_API_URL, temporary_settings  # takes as long as a third of the server's start
+
+    if PREFECT_API_URL.value() or guard is None:  # a profile may name one, too
+        if guard is not None:
+            _stop(guard)
+        yield
+        return
+    assert guard.stdin is not None
+    atexit.register(guard.stdin.close)  # not before: Prefect sends the last lines of its log at exit
+    _wait_until_healthy(url, guard, layout)
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield
+
+
+def _start(layout: Layout, port: int, url: str) -> subprocess.Popen[bytes]:
+    serve = ["-c", SERVE, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-services", "--no-ui"]
     layout.server_log.parent.mkdir(parents=True, exist_ok=True)
     with layout.server_log.open("wb") as log:
-        guard = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-c", GUARD, sys.executable, *serve],
             stdin=subprocess.PIPE,
             stdout=log,
@@ -55,11 +77,12 @@ def prefect_server(layout: Layout) -> Iterator[None]:
             env={**environment(), "PREFECT_API_URL": url},
             start_new_session=True,
         )
+
+
+def _stop(guard: subprocess.Popen[bytes]) -> None:
     assert guard.stdin is not None
-    atexit.register(guard.stdin.close)  # not before: Prefect sends the last lines of its log at exit
-    _wait_until_healthy(url, guard, layout)
-    with temporary_settings({PREFECT_API_URL: url}):
-        yield
+    guard.stdin.close()
+    guard.wait()
 
 
 def _wait_until_healthy(url: str, guard: subprocess.Popen[bytes], layout: Layout) -> None:

@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 from deploy.errors import TanukiError
 from flows.dvc_files import is_torn, keep_lock, mend
 from flows.graph import downstream, read_stages
+from tasks import warm
 from tasks.data.image_store import is_whole, refuse_damaged, shard_paths
 from tasks.layout import Layout
 
@@ -188,6 +189,11 @@ def git(layout: Layout, *arguments: str) -> str:
     return run.stdout.strip()
 
 
+def _python(*module: str) -> list[str]:
+    """``python -m MODULE...``, by way of the warm process where there is one (flows.warm)."""
+    return [sys.executable, "-m", *(["tasks.warm"] if warm.ADDRESS in os.environ else []), *module]
+
+
 def dvc(layout: Layout, *arguments: str) -> str:
     """Runs dvc and gives what it printed.
 
@@ -195,7 +201,7 @@ def dvc(layout: Layout, *arguments: str) -> str:
         WorkspaceError: If dvc refuses.
     """
     run = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
+        _python("dvc", *arguments),
         cwd=layout.root,
         capture_output=True,
         text=True,
@@ -274,6 +280,16 @@ def upstream(layout: Layout) -> Upstream | None:
     except WorkspaceError:
         return None
     return Upstream(remote, ref)
+
+
+def data_changed(layout: Layout) -> bool:
+    """Whether data/raw.dvc names other data than index_images has read: seen at once, where DVC takes two seconds."""
+    if is_torn(layout) or not layout.dvc_lock.is_file():
+        return False
+    stages = YAML(typ="safe").load(layout.dvc_lock.read_bytes())["stages"]
+    raw = layout.raw.relative_to(layout.root).as_posix()
+    deps = stages.get("index_images", {}).get("deps", ())
+    return any(dep["path"] == raw and dep.get("md5") != data_version(layout) for dep in deps)
 
 
 def stale_stages(layout: Layout) -> dict[str, list[str]]:
@@ -370,7 +386,7 @@ def _stream(layout: Layout, name: str, module: list[str], timeout_s: float) -> l
     start = time.perf_counter()
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     with subprocess.Popen(
-        [sys.executable, "-m", *module],
+        _python(*module),
         cwd=layout.root,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -14,12 +14,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deploy.files import write_json
-from tasks.data.feature_store import Part
+from tasks import warm
 from tasks.errors import NetworkError, TanukiError
 from tasks.layout import Layout
-from tasks.params import Params, load_params
+
+if TYPE_CHECKING:
+    from tasks.data.feature_store import Part
+    from tasks.params import Params
 
 STAGES = (
     "fetch_backbone",
@@ -43,6 +47,13 @@ logger = logging.getLogger("tasks")
 
 def main() -> int:
     """Runs the stage named on the command line; 0 done, 1 a user's mistake, 2 usage, 75 may pass."""
+    elsewhere = warm.hand_over("tasks", sys.argv[1:])
+    return _main() if elsewhere is None else elsewhere
+
+
+def _main() -> int:
+    from tasks.params import load_params  # here, because a process that hands over has no need of it
+
     parser = argparse.ArgumentParser(prog="python -m tasks", description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=(*STAGES, *RECIPES))
     parser.add_argument("--root", type=Path, default=Path(), help="the workspace (default: here)")
@@ -75,7 +86,7 @@ def main() -> int:
     return 0
 
 
-def run_part(layout: Layout, part: Part, params: Params) -> None:
+def run_part(layout: Layout, part: "Part", params: "Params") -> None:
     """Runs cache_features on a part of the images; the report comes with the stage itself, which finds them stored."""
     from tasks import cache_features
 
@@ -89,8 +100,10 @@ def run_together(arguments: list[str], num_processes: int) -> int:
     return subprocess.run([*together, "-m", "tasks", *arguments], env={**os.environ, **threads}, check=False).returncode
 
 
-def _part(text: str) -> Part:
+def _part(text: str) -> "Part":
     """``2/4`` as a record."""
+    from tasks.data.feature_store import Part
+
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not like 2/4, from 1/4 to 4/4")
@@ -104,7 +117,7 @@ def _configure_logging() -> None:
         logging.getLogger(room).setLevel(logging.INFO)
 
 
-def run_stage(stage: str, layout: Layout, params: Params) -> None:
+def run_stage(stage: str, layout: Layout, params: "Params") -> None:
     """Runs a stage and writes its report."""
     run = importlib.import_module(f"tasks.{stage}").run
     sections = [name for name in inspect.signature(run).parameters if name != "layout"]

@@ -70,6 +70,7 @@ def test_flows_use_of_tasks_only_what_needs_no_torch(imports) -> None:
         "tasks.gate",
         "tasks.progress",
         "tasks.parallel",
+        "tasks.warm",
     }
     allowed |= {"tasks.data.image_files"}  # which folders are splits and which are labels
     allowed |= {"tasks.data.image_store"}  # where the bytes of an image lie

@@ -14,6 +14,7 @@ Written by tasks.cache_features, read through tasks.data.features, rid of what n
 """
 
 import fcntl
+import io
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.files import atomic_path, sha256_bytes, write_json, write_text
+from deploy.files import sha256_bytes, write_bytes, write_json, write_text
 from tasks.errors import StoreError
 
 LOCK_WAIT_S = 60.0
@@ -163,8 +164,9 @@ class FeatureStore:
         if bad := not_storable(features):
             named = ", ".join(f"view {keys[row].view} of image {keys[row].image_sha256[:12]}" for row in bad[:20])
             raise StoreError(f"{shard.path}: {len(bad)} features are not finite in float16: {named}.")
-        with atomic_path(shard.path) as temporary, temporary.open("wb") as file:
-            np.save(file, np.ascontiguousarray(features, dtype=np.float16), allow_pickle=False)
+        data = io.BytesIO()  # of a full disk numpy itself would tell neither that nor where
+        np.save(data, np.ascontiguousarray(features, dtype=np.float16), allow_pickle=False)
+        write_bytes(shard.path, data.getvalue())
         index = {"sha256": _digest(shard), "rows": [list(key) for key in keys]}
         write_text(_index_path(shard.path), json.dumps(index, separators=(",", ":")) + "\n")
         self._register(shard)

@@ -380,6 +380,25 @@ class TestCacheFeatures:
             run(layout)
         assert len(store_of(layout)) == 32
 
+    @pytest.mark.parametrize("room", [10_000, 30_000], ids=["in the rows", "in their index"])
+    def test_a_disk_that_fills_up_in_a_shard_costs_that_shard_only(
+        self, layout: Layout, repository: Path, room: int
+    ) -> None:
+        put_params(layout, repository)
+        survives = run(layout).extracted
+        put_images(layout, {"ant": 300}, start=100)
+        put_manifest(layout)
+        command = [sys.executable, "-c", WITH_LITTLE_ROOM, str(room), str(layout.root)]
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "File too large" in done.stderr
+        assert "Nothing was lost; free space" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert len(store_of(layout)) == survives
+        report = run(layout)
+        assert (report.reused, report.stale) == (survives, 0)
+        assert len(list(layout.features_dir.rglob("*.npy"))) == len(store_of(layout).shards)
+
     def test_files_left_by_a_killed_writer_are_swept(self, layout: Layout) -> None:
         run(layout)
         before = contents(layout.features_dir)
@@ -438,6 +457,17 @@ class TestParts:
         for words in (["cache_features", "--part", "3/2"], ["train_head", "--part", "1/2"]):
             command = [sys.executable, "-m", "tasks", *words, "--root", str(layout.root)]
             assert subprocess.run(command, cwd=repository, capture_output=True, check=False).returncode == 2
+
+
+# To a process a file that may not grow is a full disk.
+WITH_LITTLE_ROOM = """
+import resource, sys
+from tasks.__main__ import main
+room, root = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(room), resource.RLIM_INFINITY))
+sys.argv = ["tasks", "cache_features", "--root", root]
+sys.exit(main())
+"""
 
 
 def put_params(layout: Layout, repository: Path) -> None:

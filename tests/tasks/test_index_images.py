@@ -1,7 +1,10 @@
 """The manifest: what gets a row, what is never decoded twice, and splits that never move."""
 
 import io
+import resource
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import imagehash
@@ -335,6 +338,20 @@ def test_an_incremental_manifest_is_the_same_bytes_as_a_fresh_one(layout: Layout
     layout.images.unlink()
     index(layout)
     assert layout.images.read_bytes() == incremental
+
+
+def test_a_picture_of_30000_by_30000_is_told_by_its_size_and_not_decoded(layout: Layout) -> None:
+    row = zlib.compressobj(1)
+    packed = b"".join(row.compress(bytes(1 + 30_000 // 8)) for _ in range(30_000)) + row.flush()
+    chunks = ((b"IHDR", struct.pack("!IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b""))
+    png = b"".join(
+        struct.pack("!I", len(data)) + kind + data + struct.pack("!I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    put(layout, "cat/bomb.png", b"\x89PNG\r\n\x1a\n" + png)  # half a megabyte that would be 2.7 GB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert index(layout).num_errors == 1
+    assert "900000000 pixels" in read_manifest(layout.images).set_index("path").loc["cat/bomb.png", "error"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 500_000  # kB
 
 
 def test_a_picture_that_was_too_large_is_decoded_once_the_limit_allows(layout: Layout) -> None:
