@@ -110,10 +110,10 @@ def soak(root: Path, folder: Path, payload: str, seconds: float, window_s: float
         rate = statistics.median(window.rate for window in calm)
         rounds = [
             (
-                asked(request, port, server, at_rest, 5),
-                asked(request, port, server, many, 5, period_s=many / (4 * rate)),
+                asked(request, port, server, at_rest, window_s),
+                asked(request, port, server, many, window_s, period_s=many / (4 * rate)),
             )
-            for _ in range(3)
+            for _ in range(5)
         ]
         after = server.memory_info().rss / 2**20
     third = max(1, len(memory) // 3)

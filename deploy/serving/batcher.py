@@ -145,12 +145,8 @@ class Batcher:
         """
         if is_aside and self.waiting_aside + len(pictures) > MAX_ASIDE:
             raise RequestError(TOO_MANY, "no time for what nobody waits for")
-        if not is_aside and self.waiting + len(pictures) > self.max_waiting:
-            raise RequestError(
-                TOO_MANY,
-                f"too many requests: {self.waiting} pictures wait, {self.max_waiting} may",
-                retry_after_s=math.ceil(self.waiting * self._seconds_each / self.threads),
-            )
+        if not is_aside:
+            self.check_room(len(pictures))
         if self._closed:
             raise RequestError(UNAVAILABLE, "the server is shutting down")
         future: asyncio.Future[None] = self._loop.create_future()
@@ -170,6 +166,19 @@ class Batcher:
             request.dropped = True
             model.in_flight -= 1
         return request.outcomes  # type: ignore[return-value]  # all are there when the future is done
+
+    def check_room(self, num: int = 1) -> None:
+        """Whether so many pictures may wait; to be asked before a body is read, which is then not understood in vain.
+
+        Raises:
+            RequestError: If not.
+        """
+        if self.waiting + num > self.max_waiting:
+            raise RequestError(
+                TOO_MANY,
+                f"too many requests: {self.waiting} pictures wait, {self.max_waiting} may",
+                retry_after_s=math.ceil(self.waiting * self._seconds_each / self.threads),
+            )
 
     def close(self) -> None:
         """Ends the threads once nothing waits; later requests are refused."""

@@ -35,6 +35,7 @@ async def predict(call: Call) -> Reply:
     service = call.service
     model = service.choose(service.models.name, call.query("version"))
     top = _top(call.query("top"))
+    service.batcher.check_room()
     pictures = await _pictures(call, await call.body())
     if not pictures:
         raise RequestError(BAD_REQUEST, "no picture: send one as the body, or several as files of a multipart form")

@@ -56,6 +56,7 @@ async def infer(call: Call) -> Reply:
     """Answers a request's pictures."""
     service = call.service
     model = service.choose(str(call.path("model")), call.path("version"))
+    service.batcher.check_room()
     body = await call.body()
     header = call.headers.get(HEADER_LENGTH)
     parse = partial(

@@ -246,6 +246,22 @@ def test_overload_is_told_and_the_rest_is_answered(registry: Path, tmp_path: Pat
         assert running.metric("tanuki_waiting_pictures") == 0
 
 
+def test_who_is_refused_is_told_before_the_body_and_may_go_on(registry: Path, tmp_path: Path) -> None:
+    picture = encoded(colour_image("grün", size=(3000, 3000)))
+    options = ("--threads", "1", "--max-waiting", "2", "--max-pictures", "2")
+    with serving(registry, tmp_path, *options) as running, ThreadPoolExecutor(8) as pool:
+        url = f"{running.url}/predict"
+        asked = [pool.submit(httpx.post, url, content=picture, timeout=60) for _ in range(8)]
+        eventually(lambda: running.metric("tanuki_waiting_pictures") == 2)
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as line:
+            line.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\n")
+            said = line.makefile("rb")
+            assert said.readline().startswith(b"HTTP/1.1 429")
+            line.sendall(bytes(2_000_000) + b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert b"HTTP/1.1 200" in said.read()
+        assert {each.result().status_code for each in asked} == {200, 429}
+
+
 def test_a_client_that_left_is_not_worked_for(registry: Path, tmp_path: Path) -> None:
     picture = encoded(colour_image("grün", size=(2000, 2000)), "BMP")
     with serving(registry, tmp_path, "--threads", "1") as running:
