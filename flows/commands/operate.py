@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from deploy.serving.settings import parse_settings
 from flows.up.settings import UpSettings
 from flows.up.status import UpStatus, read_facts, read_status
 from flows.up.supervisor import run_up
@@ -57,6 +58,7 @@ def up(
             os.environ.update({"PREFECT_HOME": str(layout.prefect_home), "PREFECT_API_URL": facts["api"]})
         _tell(read_status(layout), as_json=as_json)
         return
+    parse_settings(["--registry", str(layout.registry_dir), *context.args], program="tanuki up")
     settings = UpSettings(
         host=host,
         port=port,

@@ -7,6 +7,7 @@ environment, which children inherit, so that nobody is left behind, whoever was 
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -43,10 +44,8 @@ class Part:
         self._wait_s = FIRST_WAIT_S
 
     def start(self) -> None:
-        """Starts the process; its words are appended to the log, which is begun anew when it is long."""
+        """Starts the process; its words are appended to the log."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        if self.log.is_file() and self.log.stat().st_size > MAX_LOG_BYTES:
-            self.log.replace(self.log.with_suffix(".old.log"))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self._command,
@@ -58,6 +57,12 @@ class Part:
                 start_new_session=True,
             )
         self._started = time.monotonic()
+
+    def trim_log(self, max_bytes: int = MAX_LOG_BYTES) -> None:
+        """Begins a long log anew and keeps the last one beside it; who writes there appends, so it need not know."""
+        if self.log.is_file() and self.log.stat().st_size > max_bytes:
+            shutil.copyfile(self.log, self.log.with_suffix(".old.log"))
+            os.truncate(self.log, 0)
 
     def exit_code(self) -> int | None:
         """Its exit code, if it has ended."""

@@ -103,11 +103,19 @@ def read_status(layout: Layout) -> UpStatus:
         PartStatus(
             "server", server, facts["ui"] if server else f"does not answer; see {facts['parts']['server']['log']}"
         ),
-        _worker(facts) if server else PartStatus("worker", False, "unknown without a server"),
+        PartStatus("worker", False, "unknown: the server does not say"),
         _model(layout, facts),
     ]
-    schedules, automations = _schedules() if server else ((), ())
-    return UpStatus(tuple(parts), schedules, automations)
+    if not server:
+        return UpStatus(tuple(parts), (), ())
+    import httpx
+
+    try:
+        parts[2] = _worker(facts)
+        return UpStatus(tuple(parts), *_schedules())
+    except httpx.HTTPError as error:  # too busy, or it has just ended
+        parts[1] = PartStatus("server", False, f"{facts['ui']}: {error}")
+        return UpStatus(tuple(parts), (), ())
 
 
 def _worker(facts: dict[str, Any]) -> PartStatus:

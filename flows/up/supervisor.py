@@ -103,8 +103,9 @@ def _prepare(layout: Layout, settings: UpSettings, environment: Mapping[str, str
 
 
 def _tend(layout: Layout, settings: UpSettings, parts: Mapping[str, Part], say: Say) -> None:
-    """Starts again what has ended."""
+    """Starts again what has ended, and keeps the logs short."""
     for part in parts.values():
+        part.trim_log()
         if (code := part.exit_code()) is not None:
             wait_s = part.plan_restart()
             say(f"{part.name:<7} ended ({_how(code)}); {part.log} says why; it starts again in {wait_s:.0f} s")

@@ -17,6 +17,7 @@ from flows.canary import bounded, changes
 from flows.clones import Snapshot, scratch_copy
 from flows.scheduled_retrain import STATES
 from flows.signals import RETRAIN_WANTED
+from flows.up.parts import Part
 from flows.up.provision import OCCASIONS, RETRAIN, deployment_names, end_zombies
 from flows.up.settings import WORK_POOL, UpSettings, check
 from flows.up.terminal import Tail, readable
@@ -104,6 +105,36 @@ def test_a_log_is_followed_by_whole_lines_and_from_its_start_when_begun_anew(tmp
     assert list(tail.new_lines()) == ["one", "two"]
     log.write_text("new\n")
     assert list(tail.new_lines()) == ["new"]
+
+
+def test_a_long_log_is_begun_anew_under_its_writer(tmp_path: Path) -> None:
+    part = Part(
+        "worker",
+        ["sh", "-c", "echo first; sleep 0.5; echo last"],
+        log=tmp_path / "worker.log",
+        environment={},
+        root=tmp_path,
+    )
+    part.start()
+    assert part.process is not None
+    while not part.log.read_text():
+        pass
+    part.trim_log(max_bytes=3)
+    part.process.wait()
+    assert (tmp_path / "worker.old.log").read_text() == "first\n"
+    assert part.log.read_text() == "last\n"
+
+
+def test_a_part_that_ends_again_and_again_is_started_less_and_less_often(tmp_path: Path) -> None:
+    part = Part("model", ["false"], log=tmp_path / "model.log", environment={}, root=tmp_path)
+    waits = []
+    for _ in range(8):
+        part.start()
+        assert part.process is not None
+        part.process.wait()
+        waits.append(part.plan_restart())
+    assert waits == sorted(waits)
+    assert waits[-1] == 60
 
 
 def test_a_canary_knows_what_moved_and_what_is_held_back() -> None:
