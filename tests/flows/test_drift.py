@@ -35,6 +35,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     layout = Layout(tmp_path_factory.mktemp("workspace"))
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPOSITORY / name, layout.root)
+    layout.params.write_text(layout.params.read_text().replace("permutations: 1000", "permutations: 400"))
     rows = []
     for number in range(NUM_TEST):
         label = LABELS[number % 3]
