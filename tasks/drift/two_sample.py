@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 FOLDS = 5
 RIDGES = (
@@ -167,8 +168,8 @@ def _cross_validated_smoother(kernel: Float, *, ridge: float, seed: int) -> Floa
 def _areas_under_curve(scores: Float, chosen: Float) -> Float:
     """Area under the ROC curve of each column of scores, (P,)."""
     num_window = chosen[:, 0].sum()
-    # Ties stay in the order of the rows, which says nothing under a permutation.
-    ranks = np.arange(1, len(scores) + 1) @ np.take_along_axis(chosen, np.argsort(scores, axis=0), axis=0)
+    # Ties share their rank: in the order of the rows, the reference would come first.
+    ranks = (rankdata(scores, axis=0) * chosen).sum(axis=0)
     areas: Float = (ranks - num_window * (num_window + 1) / 2) / (num_window * (len(scores) - num_window))
     return areas
 
