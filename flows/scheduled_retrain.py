@@ -6,6 +6,7 @@ params as the last one does nothing; so a run twice, a late run and a run too ma
 """
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from flows.promotion import Verdict
 from flows.registries import registry_of
 from flows.retrain import publish_champion, retrain
 from flows.run_log import told
+from flows.run_metrics import record_retrain
 from flows.workspace import BusyError, exclusive, find_workspace, out_of_date
 from tasks.layout import Layout
 
@@ -52,10 +54,12 @@ def scheduled_retrain(
 
 
 def _retrain(main: Layout, promote: bool, publish: bool, reason: str) -> State[Any]:
+    start = time.time()
     lease = take_lease(main)
     logger.info("retrain with lease %d, %s", lease.number, reason)
     with exclusive(main, "retrain by schedule", wait_s=PATIENCE_S):
         if idle := _why_idle(main, promote):
+            record_retrain(main, start=start, end=time.time(), succeeded=True)
             return Completed(name="Nothing to do", message=idle)
         snapshot = take_snapshot(main)
     with borrow_clone(main) as clone:

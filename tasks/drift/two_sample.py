@@ -168,6 +168,7 @@ def _cross_validated_smoother(kernel: Float, *, ridge: float, seed: int) -> Floa
 def _areas_under_curve(scores: Float, chosen: Float) -> Float:
     """Area under the ROC curve of each column of scores, (P,)."""
     num_window = chosen[:, 0].sum()
+    # Ties share their rank: in the order of the rows, the reference would come first.
     ranks = (rankdata(scores, axis=0) * chosen).sum(axis=0)
     areas: Float = (ranks - num_window * (num_window + 1) / 2) / (num_window * (len(scores) - num_window))
     return areas

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from deploy.registry import Registry
 from flows.drift_check import look_for_drift
 from flows.ingest import add_images
 from flows.label_queue import write_label_queue
+from flows.scheduled_drift import drift_signal
+from flows.signals import Signal, watch
 from tasks.data.manifest import Facts, Row, rows_to_frame, write_manifest
 from tasks.drift.selection import choose_to_label
 from tasks.errors import DataError
@@ -32,6 +35,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     layout = Layout(tmp_path_factory.mktemp("workspace"))
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPOSITORY / name, layout.root)
+    layout.params.write_text(layout.params.read_text().replace("permutations: 1000", "permutations: 400"))
     rows = []
     for number in range(NUM_TEST):
         label = LABELS[number % 3]
@@ -174,3 +178,14 @@ def test_the_commands_speak_json(layout: Layout, usual: Path, tmp_path: Path, mo
         "--json",
     ]
     assert json.loads(CliRunner().invoke(app, words).stdout)["num_chosen"] == 3
+
+
+def test_drift_is_a_reason_to_retrain_that_is_told_once(layout: Layout, usual: Path) -> None:
+    calm = drift_signal(look_for_drift(layout, usual))
+    test = {"statistic": 0.9, "expected": 0.5, "p_value": 0.001, "adjusted_p_value": 0.003}
+    report = replace(look_for_drift(layout, usual), outcome="drift", tests={"pictures": test})
+    told: list[Signal] = []
+    for signal in (drift_signal(report), drift_signal(report), calm, drift_signal(report)):
+        watch(layout, signal, tell=told.append)
+    assert len(told) == 2
+    assert told[0].text == "version 1: drift in pictures"
