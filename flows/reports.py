@@ -98,12 +98,10 @@ class Summary:
                 lines.append(f"             {name:<17} {share['accuracy']:.4f}  ({interval})")
         confidence = self.reports["evaluate"]["confidence"]
         export = self.reports["export_onnx"]
-        head = self.reports["train_head"]
-        chance = f"warning: the probe is at chance ({head.get('chance_accuracy', 0):.1%}): are the labels right?"
         return [
             f"Accuracy     on {num_test} test images, with {confidence:.0%} intervals",
             *lines,
-            *([_wrapped("             ", chance)] if head.get("is_at_chance") else []),
+            *_chance_lines(self.reports["train_head"]),
             f"ONNX parity  largest difference {export['max_probability_difference']:.1e} in a probability, "
             f"{export['top1_agreement']:.0%} the same label",
             *_int8_lines(export.get("int8")),
@@ -245,6 +243,17 @@ def _version_facts(version: Version | None) -> dict[str, Any] | None:
         "registered": _minute(version),
         "directory": str(version.directory),
     }
+
+
+def _chance_lines(head: dict[str, Any]) -> list[str]:
+    """A warning where the probe knows no more than which class is the largest."""
+    if not head["is_at_chance"]:
+        return []
+    told = (
+        f"warning: the probe is at chance, {head['out_of_fold_accuracy']:.1%} of held-out images where always naming "
+        f"the largest class gives {head['chance_accuracy']:.1%}: are the labels right (`tanuki suspects`)?"
+    )
+    return [_wrapped("             ", told)]
 
 
 def _int8_lines(told: dict[str, Any] | None) -> list[str]:

@@ -32,7 +32,8 @@ TAIL_LINES = 40
 LOCK_POLL_S = 0.2
 DVC_CHATTER = re.compile(
     r"^$|^Running stage |^> |^Generating lock|^Updating lock|^Use `dvc push`|^Data and pipelines|^Stage '|^Verifying|"
-    r"^WARNING: No file hash info found|^'.*' didn't change|^Ran experiment|^Experiment results have been applied|"
+    r"^WARNING: No file hash info found|^Reproducing experiment|^Ran experiment|^Experiment results have been|"
+    r"^'.*' didn't change|"
     r"^To track the changes|^To enable auto|^\s+git add|^Skipping run, checking out|^ERROR: failed to (reproduce|run)"
 )
 

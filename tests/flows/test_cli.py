@@ -145,6 +145,7 @@ def test_the_doctor_fails_where_params_are_broken(workspace: Workspace) -> None:
         "relabel",
         "remove",
         "retrain",
+        "compare",
         "status",
         "predict",
         "versions",
