@@ -75,7 +75,7 @@ def test_ways_are_compared_listed_and_a_kill_leaves_the_workspace_as_it_was(
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert tracked(workspace) == before
-    assert json.loads(workspace.tanuki("status", "--json").stdout)["holder"] is None
+    assert json.loads(workspace.tanuki("status", "--json").stdout)["busy"] is None
     report = json.loads(workspace.tanuki("compare", "as_is", "top", "--json").stdout)
     assert tracked(workspace) == before
     as_is, top = report["outcomes"]
