@@ -25,7 +25,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before anything imports o
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 IMAGES_PER_CLASS = 40
-CANARY = "canary-7f3c1a"  # in secrets of the environment: must turn up nowhere
+CANARY = "-".join(("canary", "7f3c1a"))  # in secrets of the environment: must turn up nowhere, nor here
 CANARIES = {"HF_TOKEN": f"hf_{CANARY}", "TANUKI_NOTIFY": f"https://hooks.example.invalid/{CANARY}"}
 REPOSITORY = Path(__file__).resolve().parent.parent
 
