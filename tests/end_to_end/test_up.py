@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -105,8 +106,14 @@ class Box:
             json.dumps(body).encode(),
             headers={"content-type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return json.load(response)
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    return json.load(response)
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # which says that SQLite is locked, and to try again
+                    raise
+                time.sleep(1)
 
     def runs(self, deployment: str) -> list[dict]:
         """The runs of a deployment that have begun or should have, the first first."""
@@ -284,7 +291,7 @@ def test_a_stop_leaves_no_process_and_a_start_loses_no_schedule(box: Box) -> Non
     assert "has the deployments" not in box.said()
     for name, schedules in before.items():
         assert box.deployment(name)["schedules"] == schedules
-    assert len(box.api("/automations/filter", {})) == 6
+    assert len(box.api("/automations/filter", {})) == 7
     told = box.workspace.tanuki("up", check=False)
     assert told.returncode == 1
     assert "runs in" in told.stderr
