@@ -41,6 +41,7 @@ def num_answering(running: Running) -> int:
     return sum(line.startswith("tanuki_model_version{") for line in running.client.get("/metrics").text.splitlines())
 
 
+@pytest.mark.slow
 def test_they_share_the_port_and_are_counted_together(root: Path, tmp_path: Path) -> None:
     tritonclient = pytest.importorskip("tritonclient.grpc")
     options = ("--workers", "2", "--grpc-port", "0", "--watch-s", "1000")
@@ -64,6 +65,7 @@ def test_they_share_the_port_and_are_counted_together(root: Path, tmp_path: Path
     assert running.lines()[-1]["message"] == "all workers have stopped"
 
 
+@pytest.mark.slow
 def test_one_that_dies_is_replaced_and_none_outlives_the_server(root: Path, tmp_path: Path) -> None:
     with serving(root, tmp_path, "--workers", "2", "--watch-s", "0.05") as running:
         eventually(lambda: num_answering(running) == 2)
@@ -81,6 +83,7 @@ def test_one_that_dies_is_replaced_and_none_outlives_the_server(root: Path, tmp_
     assert any("worker 0 ended with code -9" in line["message"] for line in running.lines())
 
 
+@pytest.mark.slow
 def test_what_keeps_them_from_starting_is_told_once(root: Path, tmp_path: Path) -> None:
     with serving(root, tmp_path, "--workers", "2") as running:
         arguments = {
