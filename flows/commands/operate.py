@@ -2,18 +2,17 @@
 
 import json
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.serving.settings import parse_settings
-from flows.up.settings import UpSettings
-from flows.up.status import UpStatus, read_facts, read_status
-from flows.up.supervisor import run_up
 from flows.workspace import find_workspace
+
+if TYPE_CHECKING:
+    from flows.up.status import UpStatus
 
 app = typer.Typer()
 out = Console(highlight=False, soft_wrap=True)
@@ -53,11 +52,17 @@ def up(
     """
     layout = find_workspace(context.obj)
     if status:
+        from flows.up.status import read_facts, read_status
+
         facts = read_facts(layout)
         if facts is not None:
             os.environ.update({"PREFECT_HOME": str(layout.prefect_home), "PREFECT_API_URL": facts["api"]})
         _tell(read_status(layout), as_json=as_json)
         return
+    from deploy.serving.settings import parse_settings
+    from flows.up.settings import UpSettings
+    from flows.up.supervisor import run_up
+
     parse_settings(["--registry", str(layout.registry_dir), *context.args], program="tanuki up")
     settings = UpSettings(
         host=host,
@@ -71,7 +76,7 @@ def up(
     run_up(layout, settings, lambda line: out.print(escape(line)))
 
 
-def _tell(status: UpStatus, *, as_json: bool) -> None:
+def _tell(status: "UpStatus", *, as_json: bool) -> None:
     """Exit code 1 where a part is not well."""
     if as_json:
         print(json.dumps(status.as_dict(), indent=2, ensure_ascii=False))
