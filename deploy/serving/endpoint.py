@@ -87,7 +87,7 @@ class Call:
 
     def query(self, name: str) -> str | None:
         """A value of the query; the last where it is given several times."""
-        values = parse_qs(self.scope["query_string"].decode("latin-1")).get(name)
+        values = parse_qs(self.scope["query_string"].decode("latin-1"), keep_blank_values=True).get(name)
         return values[-1] if values else None
 
     async def body(self) -> bytes:

@@ -33,7 +33,10 @@ def predict_routes(service: Service) -> list[BaseRoute]:
 async def predict(call: Call) -> Reply:
     """Classifies one picture (the body itself) or several (a form's files)."""
     service = call.service
-    model = service.choose(service.models.name, call.query("version"))
+    version = call.query("version")
+    if version == "":
+        raise RequestError(BAD_REQUEST, "version must be a number, or not be there for the champion")
+    model = service.choose(service.models.name, version)
     top = _top(call.query("top"))
     service.batcher.check_room()
     pictures = await _pictures(call, await call.body())

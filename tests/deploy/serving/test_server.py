@@ -123,6 +123,8 @@ def packed(how: str) -> dict[str, str]:
         ("/predict", {"content": b"abc"}, 400, "no picture"),
         ("/predict?top=0", {"content": BLUE}, 400, "top must be"),
         ("/predict?top=many", {"content": BLUE}, 400, "top must be"),
+        ("/predict?top=", {"content": BLUE}, 400, "top must be"),
+        ("/predict?version=", {"content": BLUE}, 400, "version must be"),
         ("/predict?version=7", {"content": BLUE}, 404, "version 7 is not found"),
         (f"/predict?version={'9' * 5000}", {"content": BLUE}, 404, "is not found"),
         ("/predict", {"files": [("f", (f"{i}", BLUE)) for i in range(9)]}, 400, "more than 8 pictures"),
