@@ -16,6 +16,7 @@ it; the warm process ends when its standard input does and the last fork has end
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -26,11 +27,12 @@ import signal
 import socket
 import struct
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ADDRESS = "TANUKI_WARM"
 """The environment variable that names the warm process's socket."""
@@ -210,14 +212,38 @@ def main() -> int:
         code = hand_over(module, arguments, os.environ)
         if code is not None:
             return code
-        request = Request(module, arguments, str(Path.cwd()), dict(os.environ))
-    else:
-        told = Host(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:]).serve()
-        if told is None:
-            return 0
-        request = told
-    _run(request)
+        _run(Request(module, arguments, str(Path.cwd()), dict(os.environ)))
+        return 0
+    told = Host(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:]).serve()
+    if told is not None:
+        _run_and_exit(told)
     return 0
+
+
+def _run_and_exit(request: Request) -> NoReturn:
+    """Ends a fork as multiprocessing ends its own: threads, exit functions, streams; the rest is not taken apart.
+
+    What is frozen would outlive the interpreter, of which nanobind's modules complain at length; to thaw it first
+    costs a fork more than a second.
+    """
+    code = 0
+    try:
+        _run(request)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BaseException:  # noqa: BLE001 - told as Python tells it
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code & 0xFF)
 
 
 def _run(request: Request) -> None:

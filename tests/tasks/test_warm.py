@@ -86,6 +86,18 @@ def test_it_runs_as_python_m_does_but_warm(host: Host, tmp_path: Path) -> None:
     assert "No module named nothing" in host.ask("nothing").communicate()[1]
 
 
+@pytest.mark.parametrize("end", ["sys.exit('no luck')", "raise ValueError('no luck')", "raise SystemExit", "pass"])
+def test_it_ends_as_python_ends(host: Host, tmp_path: Path, end: str) -> None:
+    code = f"import atexit, sys\natexit.register(print, 'at the end')\nprint('first', end=' ')\n{end}\n"
+    (tmp_path / "ends.py").write_text(code)
+    warm_end = host.ask("ends")
+    told, aside = warm_end.communicate(timeout=60)
+    cold = subprocess.run([sys.executable, "-m", "ends"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (warm_end.returncode, told) == (cold.returncode, cold.stdout)
+    assert ("no luck" in aside) == ("no luck" in cold.stderr)
+    assert aside.count("Traceback") == cold.stderr.count("Traceback")
+
+
 def test_code_is_read_when_it_runs_not_before(host: Host, tmp_path: Path) -> None:
     (tmp_path / "ours.py").write_text("print(1)")
     assert host.ask("ours").communicate()[0] == "1\n"
