@@ -3,9 +3,11 @@
 import csv
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,8 +35,10 @@ NUM_TEST, NUM_ASKED = 90, 60
 def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     """Test images and a champion, as a retrain leaves them."""
     layout = Layout(tmp_path_factory.mktemp("workspace"))
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(REPOSITORY / name, layout.root)
+    for name in ("params.yaml", "dvc.yaml", ".dvc/config"):
+        (layout.root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / name, layout.root / name)
+    subprocess.run(["git", "init", "--quiet", layout.root], check=True)
     layout.params.write_text(layout.params.read_text().replace("permutations: 1000", "permutations: 400"))
     rows = []
     for number in range(NUM_TEST):
@@ -159,25 +163,16 @@ def test_what_is_chosen_is_uncertain_and_diverse() -> None:
     assert len(set(everything)) == len(everything) <= 200
 
 
-def test_the_commands_speak_json(layout: Layout, usual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_speak_json(layout: Layout, usual: Path, tmp_path: Path) -> None:
     from flows.cli import app
 
-    monkeypatch.setattr("flows.commands.production.find_workspace", lambda root: Layout(root))
-    words = ["--root", str(layout.root), "drift", "--captures", str(usual), "--json"]
-    told = CliRunner().invoke(app, words)
-    assert json.loads(told.stdout)["outcome"] == "none"
-    words = [
-        "--root",
-        str(layout.root),
-        "label-queue",
-        str(tmp_path / "q"),
-        "-n",
-        "3",
-        "--captures",
-        str(usual),
-        "--json",
-    ]
-    assert json.loads(CliRunner().invoke(app, words).stdout)["num_chosen"] == 3
+    def told(*words: str) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(CliRunner().invoke(app, ["--root", str(layout.root), *words]).stdout)
+        return answer
+
+    assert told("drift", "--captures", str(usual), "--json")["outcome"] == "none"
+    queued = told("label-queue", str(tmp_path / "q"), "-n", "3", "--captures", str(usual), "--json")
+    assert queued["num_chosen"] == 3
 
 
 def test_drift_is_a_reason_to_retrain_that_is_told_once(layout: Layout, usual: Path) -> None:

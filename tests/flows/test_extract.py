@@ -44,10 +44,7 @@ def test_parts_fill_the_store_and_say_what_is_wrong_in_the_words_of_the_stage(wo
 def test_without_the_extra_dask_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.extract import on_dask
 
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if "site-packages" not in path])
-    for name in [name for name in sys.modules if name.startswith("prefect_dask")]:
-        monkeypatch.delitem(sys.modules, name)
-    importlib.invalidate_caches()
+    monkeypatch.setitem(sys.modules, "prefect_dask", None)  # as if it were not installed
     with pytest.raises(WorkspaceError, match=r"tanuki\[scale\].*here and on the workers"):
         on_dask("tcp://127.0.0.1:8786")
 
