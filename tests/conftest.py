@@ -70,6 +70,18 @@ class Workspace:
             assert run.returncode == 0, f"{command} ended with {run.returncode}\n{run.stdout}\n{run.stderr}"
         return run
 
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """The same without waiting, in a process group of its own, as a terminal would start it."""
+        return subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
     def tanuki(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         return self.run(sys.executable, "-m", "flows.cli", *arguments, check=check)
 
@@ -108,6 +120,17 @@ class Workspace:
             target = target[section]
         target[name] = value
         yaml.dump(params, path)
+
+
+def wait_for(word: str, process: subprocess.Popen[str]) -> None:
+    """Reads what a process says, up to the line with that word."""
+    assert process.stdout is not None
+    told = []
+    for line in process.stdout:
+        told.append(line)
+        if word in line:
+            return
+    raise AssertionError(f"{process.args} ended with {process.wait()} and never said {word!r}:\n{''.join(told)}")
 
 
 def clone(folder: Path, prefect_home: Path) -> Workspace:

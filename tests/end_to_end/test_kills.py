@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tasks.__main__ import STAGES
-from tests.conftest import Workspace, prepared
+from tests.conftest import Workspace, prepared, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -44,19 +43,8 @@ def test_a_stage_cut_short_loses_nothing(finished: tuple[Workspace, bytes], stag
 
 def cut_short(workspace: Workspace, stage: str, how: signal.Signals, delay_s: float) -> None:
     """Runs a stage afresh and ends it and its DVC some time after it started."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", "--single-item", "--force", stage],
-        cwd=workspace.root,
-        env=workspace.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if f"{stage} starts" in line:
-            break
+    process = workspace.start(sys.executable, "-m", "dvc", "repro", "--single-item", "--force", stage)
+    wait_for(f"{stage} starts", process)
     timer = threading.Timer(delay_s, end, (process.pid, how))
     timer.start()
     process.communicate()

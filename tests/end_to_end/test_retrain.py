@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import IMAGES_PER_CLASS, Workspace, locked_outputs, write_digits
+from tests.conftest import IMAGES_PER_CLASS, Workspace, locked_outputs, wait_for, write_digits
 
 MORE_IMAGES = 4
 
@@ -133,27 +133,16 @@ def test_a_forced_promotion_and_a_rollback_are_told_in_the_history(lived_in: Wor
     assert "it was slower" in (lived_in.root / "data" / "registry" / "events.jsonl").read_text()
 
 
-def started(workspace: Workspace, until: str) -> subprocess.Popen[str]:
-    """A retrain in a process group of its own, as a terminal would start it, that has come to a stage."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "retrain"],
-        cwd=workspace.root,
-        env=workspace.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if until in line:
-            break
+def fine_tuning(workspace: Workspace) -> subprocess.Popen[str]:
+    """A retrain that has come to fine-tuning: the stage itself runs."""
+    process = workspace.start(sys.executable, "-m", "flows.cli", "retrain")
+    wait_for("finetune starts", process)
     return process
 
 
 def test_ctrl_c_ends_a_retrain_within_seconds_and_says_so(lived_in: Workspace, first_retrain: dict) -> None:
     lived_in.set_param("finetune.clip_norm", 0.8)
-    process = started(lived_in, "finetune starts")  # the stage itself runs
+    process = fine_tuning(lived_in)
     start = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     told, _ = process.communicate(timeout=120)
@@ -167,7 +156,7 @@ def test_a_second_retrain_while_one_runs_is_told_so_and_a_killed_one_loses_nothi
     lived_in: Workspace, first_retrain: dict
 ) -> None:
     lived_in.set_param("finetune.clip_norm", 0.9)
-    first = started(lived_in, "finetune starts")
+    first = fine_tuning(lived_in)
     os.killpg(first.pid, signal.SIGSTOP)  # in the middle of it, however long what follows takes
     second = lived_in.tanuki("retrain", check=False)
     assert "`tanuki retrain` (process " in lived_in.tanuki("status").stdout

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from flows.compare import close_sandbox, open_sandbox, scratch_seconds
 from flows.workspace import git
 from tasks.layout import Layout
-from tests.conftest import Workspace, prepared
+from tests.conftest import Workspace, prepared, wait_for
 
 
 def tracked(workspace: Workspace) -> dict[str, bytes | None]:
@@ -57,21 +56,10 @@ def test_ways_are_compared_listed_and_a_kill_leaves_the_workspace_as_it_was(
     tmp_path: Path, prefect_home: Path, digits: Path
 ) -> None:
     workspace = prepared(tmp_path / "workspace", prefect_home, digits)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "compare", "as_is", "top"],
-        cwd=workspace.root,
-        env=workspace.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "[as_is]" in line:
-            before = tracked(workspace)
-        if "finetune starts" in line:
-            break
+    process = workspace.start(sys.executable, "-m", "flows.cli", "compare", "as_is", "top")
+    wait_for("[as_is]", process)
+    before = tracked(workspace)
+    wait_for("finetune starts", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert tracked(workspace) == before
