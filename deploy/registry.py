@@ -334,20 +334,22 @@ class Registry:
             RegistryError: If the version is damaged.
             KeyFileError: If the file is no Ed25519 private key without a password.
         """
-        from deploy.signing import sign_bundle
-
         with self._changing():
-            signed_by = sign_bundle(self.bundle(id_), private_key)
-            self._share_signature(id_)
-            return signed_by
+            return self._sign(id_, private_key)
 
-    def rollback(self, reason: str) -> Version:
+    def rollback(self, reason: str, *, private_key: Path | None = None) -> Version:
         """Makes the champion before this one the champion again, after its golden pictures were run.
 
         Rolling back twice goes back twice; a version that was rolled back from is out until it is promoted again.
 
+        Args:
+            reason: Why, in words.
+            private_key: Signs it before it is champion, so that a server which requires this key takes it; None for
+                none.
+
         Raises:
             RegistryError: If there is no earlier champion, or it is damaged.
+            KeyFileError: If the file is no Ed25519 private key without a password.
         """
         with self._changing():
             stack = _champion_stack(self.events())
@@ -358,6 +360,8 @@ class Registry:
                 )
             target = stack[-2]
             self._verify(target)
+            if private_key is not None:
+                self._sign(target, private_key)
             self._append("rolled_back", target, reason)
             self._point()
             return self.version(target)
@@ -428,6 +432,13 @@ class Registry:
         (self._versions_dir / str(id_)).rename(outgoing)
         sync_directory(self._versions_dir)
         shutil.rmtree(outgoing)
+
+    def _sign(self, id_: int, private_key: Path) -> str:
+        from deploy.signing import sign_bundle  # an extra that only who names a key needs
+
+        signed_by = sign_bundle(self.bundle(id_), private_key)
+        self._share_signature(id_)
+        return signed_by
 
     def _fetch(self, version: Version) -> None:
         """Sees to it that a version's files are here; in a folder they always are."""

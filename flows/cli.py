@@ -353,7 +353,8 @@ def versions(
     for row in rows:
         accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
         mark = "champion" if row["champion"] else ""
-        table.add_row(str(row["id"]), mark, accuracy, row["decision"] or "", row["registered"], row["digest"][:12])
+        said = {"rolled_back": "rolled back to"}.get(row["decision"], row["decision"].replace("_", " "))
+        table.add_row(str(row["id"]), mark, accuracy, said, row["registered"], row["digest"][:12])
     out.print(table)
 
 
@@ -372,13 +373,13 @@ def promote(
 
 
 @app.command()
-def rollback(context: typer.Context, reason: Reason, publish: Publish = False) -> None:
+def rollback(context: typer.Context, reason: Reason, publish: Publish = False, key: SigningKey = None) -> None:
     """Put the previous champion back, after checking that its bundle is whole."""
-    from flows.promotion import roll_back
+    from flows.promotion import roll_back, signing_key
 
     layout = find_workspace(context.obj)
     with exclusive(layout, "rollback"):
-        out.print(roll_back(layout, reason=reason))
+        out.print(roll_back(layout, reason=reason, key=signing_key(key)))
     if publish:
         _publish(layout)
 

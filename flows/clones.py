@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,21 @@ class Snapshot:
     dvc_lock: str | None
 
 
+@dataclass(frozen=True)
+class Clones:
+    """The clones that there are.
+
+    Args:
+        ended: Of runs that came to their end; the next run would only save the time to make one.
+        unfinished: Of runs that were killed, with what these had reached.
+        busy: Those that a run works in.
+    """
+
+    ended: tuple[Layout, ...] = ()
+    unfinished: tuple[Layout, ...] = ()
+    busy: tuple[Layout, ...] = ()
+
+
 def take_snapshot(main: Layout) -> Snapshot:
     """The workspace as it stands. Call it with the workspace's lock held.
 
@@ -77,15 +92,44 @@ def borrow_clone(main: Layout) -> Iterator[Layout]:
     """
     main.clones_dir.mkdir(parents=True, exist_ok=True)
     for number in range(1, MAX_CLONES + 1):
-        with (main.clones_dir / f"{number}.lock").open("a", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            os.set_inheritable(file.fileno(), True)
-            yield Layout(main.clones_dir / str(number))
-            return
+        with _slot(main, number) as is_free:
+            if is_free:
+                yield Layout(main.clones_dir / str(number))
+                return
     raise BusyError(f"All {MAX_CLONES} clones in {main.clones_dir} are in use. Wait until a run has ended.")
+
+
+@contextmanager
+def held_clones(main: Layout) -> Iterator[Clones]:
+    """The clones as they are, and no run may begin in one meanwhile. Call it with the workspace's lock held."""
+    if not main.clones_dir.is_dir():
+        yield Clones()
+        return
+    ended, unfinished, busy = [], [], []
+    with ExitStack() as stack:
+        for number in range(1, MAX_CLONES + 1):
+            clone, is_free = Layout(main.clones_dir / str(number)), stack.enter_context(_slot(main, number))
+            if not is_free:
+                busy.append(clone)
+            elif _unfinished(clone).is_file():
+                mend(clone)
+                unfinished.append(clone)
+            elif clone.root.is_dir():
+                ended.append(clone)
+        yield Clones(tuple(ended), tuple(unfinished), tuple(busy))
+
+
+@contextmanager
+def _slot(main: Layout, number: int) -> Iterator[bool]:
+    """Whether the clone of that number was free; it is held then."""
+    with (main.clones_dir / f"{number}.lock").open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        os.set_inheritable(file.fileno(), True)
+        yield True
 
 
 def prepare_clone(main: Layout, clone: Layout, snapshot: Snapshot) -> None:

@@ -1,4 +1,4 @@
-"""What a kill leaves of DVC's files: half a dvc.lock or data/raw.dvc, which DVC writes in place, and locks of the dead.
+"""What a kill leaves of DVC's and git's files: half a dvc.lock or data/raw.dvc, and locks of the dead.
 
 A copy of the last whole dvc.lock is kept in .dvc/tmp. What a stage made is not lost with its entry: its outputs are in
 DVC's cache, and the run cache finds them again. Call these with the workspace's lock held.
@@ -16,6 +16,9 @@ from ruamel.yaml.error import YAMLError
 
 from deploy.files import write_bytes
 from tasks.layout import Layout
+
+# Files that git makes for as long as it writes, and that stay where it is killed: every git after it then refuses.
+GIT_LOCKS = ("index.lock", "HEAD.lock", "packed-refs.lock", "refs/**/*.lock")
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ def mend(layout: Layout) -> None:
     """Puts back what a kill left half written: from the copy, else as git has it, else away, to be made again."""
     if _is_held_by_the_dead(layout):
         layout.dvc_rwlock.unlink()
+    _drop_git_locks(layout.root)
     if layout.dvc_lock.is_file() and not is_whole(layout.dvc_lock.read_bytes()):
         copy = layout.dvc_lock_copy.read_bytes() if layout.dvc_lock_copy.is_file() else None
         _put_back(layout, "dvc.lock", copy or _committed(layout, "dvc.lock"))
@@ -72,6 +76,27 @@ def _is_held_by_the_dead(layout: Layout) -> bool:
         return False
     except (ValueError, KeyError, TypeError, AttributeError):
         return True
+
+
+def _drop_git_locks(root: Path) -> None:
+    locks = [path for pattern in GIT_LOCKS for path in (root / ".git").glob(pattern)]
+    if locks and not _git_is_at_work(root):
+        for path in locks:
+            path.unlink(missing_ok=True)
+        logger.warning("git was killed here: %s dropped", ", ".join(str(path.relative_to(root)) for path in locks))
+
+
+def _git_is_at_work(root: Path) -> bool:
+    """Whether a git may be writing here: one that a person started, an editor's, or a DVC, which writes git's index."""
+    for process in psutil.process_iter(["name", "cmdline", "cwd", "status"]):
+        facts = process.info
+        words = facts["cmdline"] or []
+        writes = (facts["name"] or "").startswith("git") or any(Path(word).name == "dvc" for word in words)
+        if not writes or facts["status"] == psutil.STATUS_ZOMBIE:
+            continue
+        if facts["cwd"] is None or Path(facts["cwd"]).is_relative_to(root) or any(str(root) in word for word in words):
+            return True
+    return False
 
 
 def _runs_dvc(pid: int) -> bool:

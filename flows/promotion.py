@@ -153,19 +153,18 @@ def force(layout: Layout, version: int, *, reason: str, key: Path | None = None)
     """Makes a version champion whatever the gate said of it, signed first where a private key is given."""
     registry = registry_of(layout)
     before = registry.champion_id()
+    signed = "" if key is None else f" It is signed by the key {registry.sign(version, key)} now."
     if before == version:
-        return f"Version {registry.version(version).id} is champion already."
-    if key is not None:
-        registry.sign(version, key)
+        return f"Version {registry.version(version).id} is champion already.{signed}"
     registry.promote(version, reason=reason, expected=before, forced=True)
     return f"Version {version} is champion now" + ("." if before is None else f", in place of version {before}.")
 
 
-def roll_back(layout: Layout, *, reason: str) -> str:
-    """Makes the previous champion the champion again."""
+def roll_back(layout: Layout, *, reason: str, key: Path | None = None) -> str:
+    """Makes the previous champion the champion again, signed first where a private key is given."""
     registry = registry_of(layout)
     before = registry.champion_id()
-    now = registry.rollback(reason)
+    now = registry.rollback(reason, private_key=key)
     return f"Version {now.id} is champion again, in place of version {before}."
 
 

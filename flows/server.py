@@ -13,8 +13,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from flows.workspace import WorkspaceError, environment
 from tasks.layout import Layout
@@ -22,10 +23,11 @@ from tasks.layout import Layout
 START_TIMEOUT_S = 180.0
 POLL_S = 0.1
 
-# Waits for the end of its input, which is the end of the command, `kill -9` included.
+# Waits for the end of its input, which is the end of the command, `kill -9` included; or of the server.
 GUARD = (
-    "import subprocess, sys\n"
+    "import os, subprocess, sys, threading\n"
     "server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)\n"
+    "threading.Thread(target=lambda: os._exit(server.wait() or 1), daemon=True).start()\n"
     "sys.stdin.read()\n"
     "server.terminate()\n"
 )
@@ -65,7 +67,27 @@ def prefect_server(layout: Layout) -> Iterator[None]:
         yield
 
 
-def _start(layout: Layout, port: int, url: str) -> subprocess.Popen[bytes]:
+@contextmanager
+def server_on(layout: Layout, home: Path) -> Iterator[str]:
+    """A temporary server on the local database of another PREFECT_HOME than this process's.
+
+    Returns:
+        The address of its API.
+
+    Raises:
+        WorkspaceError: If it does not start; names its log.
+    """
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    guard = _start(layout, port, url, {"PREFECT_HOME": str(home)})
+    try:
+        _wait_until_healthy(url, guard, layout)
+        yield url
+    finally:
+        _stop(guard)
+
+
+def _start(layout: Layout, port: int, url: str, settings: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     serve = ["-c", SERVE, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-services", "--no-ui"]
     layout.server_log.parent.mkdir(parents=True, exist_ok=True)
     with layout.server_log.open("wb") as log:
@@ -74,7 +96,7 @@ def _start(layout: Layout, port: int, url: str) -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**environment(), "PREFECT_API_URL": url},
+            env={**environment(), "PREFECT_API_URL": url, **(settings or {})},
             start_new_session=True,
         )
 
@@ -94,7 +116,7 @@ def _wait_until_healthy(url: str, guard: subprocess.Popen[bytes], layout: Layout
         except (urllib.error.URLError, OSError):
             time.sleep(POLL_S)
     raise WorkspaceError(
-        f"Prefect's temporary server did not answer within {START_TIMEOUT_S:.0f} s; its words are in "
+        f"Prefect's temporary server ended, or did not answer within {START_TIMEOUT_S:.0f} s; its words are in "
         f"{layout.server_log}. Start one yourself (`prefect server start`) and set PREFECT_API_URL, or run "
         "`dvc repro`, which needs none."
     )

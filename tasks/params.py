@@ -186,6 +186,7 @@ class ExportOnnxParams(Section):
     int8: Literal["off"] | Auto
     int8_calibration_images: Positive
     int8_max_accuracy_loss: Annotated[float, Field(gt=0, lt=1)]
+    int8_confidence: Annotated[float, Field(gt=0.5, lt=1)]
     int8_min_speedup: Annotated[float, Field(ge=1)]
 
 

@@ -1,12 +1,52 @@
-"""An S3 on loopback: moto's server, the protocol without Amazon."""
+"""An S3 on loopback: moto's server, the protocol without Amazon. Where asked to, it kills the one that writes to it."""
 
 import importlib.util
-from collections.abc import Iterator
+import os
+import signal
+import threading
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 
 BUCKET = "storage"
+KILL = "/-/kill"
+WRITES = ("PUT", "POST", "DELETE")
+
+
+class Killer:
+    """A WSGI application that kills a process when it has carried out so many of its writes.
+
+    The process never hears of the last one: it dies knowing nothing of what the store already holds.
+    """
+
+    def __init__(self, application: Callable[..., Iterable[bytes]]) -> None:
+        self._application = application
+        self._lock = threading.Lock()
+        self._victim, self._left = 0, 0
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == KILL:
+            told = parse_qs(environ["QUERY_STRING"])
+            self._victim, self._left = int(told["process"][0]), int(told["writes"][0])
+            start_response("200 OK", [])
+            return []
+        answer = list(self._application(environ, start_response))  # by now it is done
+        if environ["REQUEST_METHOD"] in WRITES:
+            with self._lock:
+                self._left -= 1
+                if self._victim and self._left == 0:
+                    os.kill(self._victim, signal.SIGKILL)
+        return answer
+
+
+def kill_after(writes: int, *, process: int) -> None:
+    """Has the S3 that AWS_ENDPOINT_URL names kill a process after so many writes; process 0: nobody."""
+    with urllib.request.urlopen(f"{os.environ['AWS_ENDPOINT_URL']}{KILL}?process={process}&writes={writes}"):
+        pass
 
 
 @contextmanager
@@ -16,14 +56,15 @@ def s3_on_loopback() -> Iterator[dict[str, str]]:
         pytest.skip("needs the packages moto and s3fs")
     import boto3
     import s3fs
-    from moto.server import ThreadedMotoServer
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
 
-    server = ThreadedMotoServer("127.0.0.1", port=0)
-    server.start()
+    server = make_server("127.0.0.1", 0, Killer(DomainDispatcherApplication(create_backend_app)), threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
     try:
-        host, port = server.get_host_and_port()
         keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-        environment = {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+        environment = {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
         client = boto3.client(
             "s3",
             endpoint_url=environment["AWS_ENDPOINT_URL"],
@@ -36,4 +77,6 @@ def s3_on_loopback() -> Iterator[dict[str, str]]:
         yield environment
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
-        server.stop()
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,7 +1,10 @@
 """A registry behind a URL, on S3's protocol: no promotion crosses another, and every machine sees the same."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -13,9 +16,10 @@ import pytest
 from deploy.errors import RegistryError
 from deploy.registry import Registry, open_registry, utc_now
 from deploy.shared_registry import SharedRegistry
+from tests.deploy.killed_writer import CHANGES, change_until_killed
 from tests.deploy.test_registry import Clock
 from tests.deploy.tiny_bundle import write_colour_bundle
-from tests.object_stores import BUCKET, s3_on_loopback
+from tests.object_stores import BUCKET, kill_after, s3_on_loopback
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +210,43 @@ def kill(registry: SharedRegistry, change: Callable[[SharedRegistry], object], a
     return False
 
 
+def registry_to_change(machine: Callable[..., SharedRegistry], bundles: list[Path], change: str) -> SharedRegistry:
+    """Versions 1 and 2; version 2 is champion where a rollback is to come, else version 1."""
+    (bundles[2].parent / "card.md").write_text("# A card")
+    base: SharedRegistry = machine("base", clock=Clock())
+    for bundle in bundles[:2]:
+        base.register(bundle, {})
+    base.promote(1, reason="first", expected=None)
+    if change == "rollback":
+        base.promote(2, reason="better", expected=1)
+    return base
+
+
+def reset(base: SharedRegistry, start: dict[str, bytes], tmp_path: Path) -> None:
+    """The store as it was before, and machines that have never seen it."""
+    base._store._fs.rm(base._store._root, recursive=True)
+    for name, data in start.items():
+        put(base, name, data)
+    for copy in ("victim", "fresh"):
+        shutil.rmtree(tmp_path / copy, ignore_errors=True)
+
+
+def look_and_finish(
+    base: SharedRegistry, machine: Callable[..., SharedRegistry], change: str, bundle: Path
+) -> tuple[int | None, list[str]]:
+    """What the killed machine and another one see is whole; the other one makes the change again."""
+    for copy in ("fresh", "victim"):
+        seen = machine(copy)
+        assert seen.bundle(seen.require_champion().id)
+        for version in seen.versions():
+            seen.lineage(version.id)
+    CHANGES[change](machine("fresh"), bundle)
+    assert pointed_to(base) == machine("victim").champion_id() == machine("fresh").champion_id()
+    assert machine("victim").events() == machine("fresh").events()
+    names = [name for name in objects(base) if not name.startswith(".probe-")]  # of the killed one; nobody reads them
+    return machine("fresh").champion_id(), sorted(names)
+
+
 @pytest.mark.parametrize(
     ("change", "stride"),
     [
@@ -216,42 +257,43 @@ def kill(registry: SharedRegistry, change: Callable[[SharedRegistry], object], a
 def test_a_kill_before_any_write_leaves_it_whole_and_any_machine_finishes(
     machine, bundles: list[Path], tmp_path: Path, change: str, stride: int
 ) -> None:
-    card = bundles[2].parent / "card.md"
-    card.write_text("# A card")
-    changes: dict[str, Callable[[SharedRegistry], object]] = {
-        "register": lambda registry: registry.register(bundles[2], {"git": "c"}, card=card),
-        "promote": lambda registry: registry.promote(2, reason="better", expected=1),
-        "rollback": lambda registry: registry.rollback("bad") if registry.champion_id() == 2 else registry.repair(),
-        "sweep": lambda registry: registry.sweep(keep_last=0),
-    }
-    base = machine("base", clock=Clock())
-    for bundle in bundles[:2]:
-        base.register(bundle, {})
-    base.promote(1, reason="first", expected=None)
-    if change == "rollback":
-        base.promote(2, reason="better", expected=1)
-    start = objects(base)
-    finished = []  # which objects were there after each kill, once another machine had made the change again
+    base = registry_to_change(machine, bundles, change)
+    start, finished = objects(base), []
     for after in range(0, 100, stride):
-        base._store._fs.rm(base._store._root, recursive=True)
-        for name, data in start.items():
-            put(base, name, data)
-        for copy in ("victim", "fresh"):
-            shutil.rmtree(tmp_path / copy, ignore_errors=True)
-        was_killed = kill(machine("victim"), changes[change], after)
-        for copy in ("fresh", "victim"):
-            seen = machine(copy)
-            assert seen.bundle(seen.require_champion().id)
-            for version in seen.versions():
-                seen.lineage(version.id)
-        changes[change](machine("fresh"))
-        assert pointed_to(base) == machine("victim").champion_id() == machine("fresh").champion_id()
-        assert machine("victim").events() == machine("fresh").events()
-        finished.append(set(objects(base)))
+        reset(base, start, tmp_path)
+        was_killed = kill(machine("victim"), lambda registry: CHANGES[change](registry, bundles[2]), after)
+        finished.append(look_and_finish(base, machine, change, bundles[2]))
         if not was_killed:
             break
     assert len(finished) > 1
-    assert all(names == finished[-1] for names in finished)
+    assert all(each == finished[-1] for each in finished)
+
+
+@pytest.mark.slow
+@only_s3
+@pytest.mark.parametrize(("change", "stride"), [("register", 5), ("promote", 1), ("sweep", 2)])
+def test_a_process_that_is_killed_after_any_write_leaves_it_whole_and_any_machine_finishes(
+    machine, bundles: list[Path], tmp_path: Path, url: str, change: str, stride: int
+) -> None:
+    """`kill -9`, after the S3 did a write and before it says so: every STRIDE-th, once the store is proven."""
+    base = registry_to_change(machine, bundles, change)
+    start, finished = objects(base), []
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.deploy.killed_writer"])
+    for writes in range(3, 100, stride):
+        reset(base, start, tmp_path)
+        arguments = (change, url, tmp_path / "victim", bundles[2], environment, writes)
+        victim = context.Process(target=change_until_killed, args=arguments)
+        victim.start()
+        victim.join()
+        kill_after(0, process=0)
+        finished.append(look_and_finish(base, machine, change, bundles[2]))
+        if victim.exitcode == 0:
+            break
+        assert victim.exitcode == -signal.SIGKILL
+    assert len(finished) > 2
+    assert all(each == finished[-1] for each in finished)
 
 
 def test_a_store_that_is_away_can_be_read_as_it_was_and_not_changed(

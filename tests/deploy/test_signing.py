@@ -80,6 +80,18 @@ def test_a_registered_bundle_keeps_its_signature(bundle: Bundle, keys: tuple[Pat
     assert require_signature(registry.bundle(version.id), public) == key_id(public)
 
 
+def test_a_key_that_cannot_sign_stops_a_rollback_before_anything_moves(keys: tuple[Path, Path], tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    for number in (1, 2):
+        registry.register(write_colour_bundle(tmp_path / str(number), sharpness=8.0 + number).directory, {})
+        registry.promote(number, reason="better", expected=number - 1 or None)
+    with pytest.raises(KeyFileError, match="tanuki keygen"):
+        registry.rollback("bad", private_key=keys[1])
+    assert registry.champion_id() == 2
+    assert registry.rollback("bad", private_key=keys[0]).id == 1
+    assert require_signature(registry.bundle(1), keys[1]) == key_id(keys[1])
+
+
 def test_a_private_key_is_its_owners_alone_and_never_overwritten(keys: tuple[Path, Path]) -> None:
     private, public = keys
     assert stat.S_IMODE(private.stat().st_mode) == 0o600

@@ -68,10 +68,25 @@ def colour_facts(labels: tuple[str, ...] = LABELS, **lineage: object) -> BundleF
     return BundleFacts(labels=labels, size_px=SIZE_PX, crop_fraction=0.9, mean=NO_MEAN, std=UNIT_STD, lineage=lineage)
 
 
-def write_colour_bundle(directory: Path, *, sharpness: float = 8.0, **lineage: object) -> Bundle:
-    model, front, back = colour_graphs(sharpness=sharpness)
-    golden = [encoded(colour_image(label), "PNG" if label == "blau" else "JPEG") for label in LABELS]
-    return write_bundle(directory, model=model, front=front, back=back, facts=colour_facts(**lineage), golden=golden)
+def write_colour_bundle(
+    directory: Path,
+    *,
+    sharpness: float = 8.0,
+    labels: tuple[str, ...] = LABELS,
+    int8: float | None = None,
+    **lineage: object,
+) -> Bundle:
+    """Writes the bundle; with ``int8`` of another second half that answers, of that sharpness."""
+    model, front, back = colour_graphs(sharpness=sharpness, labels=labels)
+    return write_bundle(
+        directory,
+        model=model,
+        front=front,
+        back=back,
+        facts=colour_facts(labels, **lineage),
+        golden=[encoded(colour_image(label), "PNG" if label == "blau" else "JPEG") for label in labels],
+        int8=None if int8 is None else colour_graphs(sharpness=int8, labels=labels)[2],
+    )
 
 
 def seal(directory: Path, **changes: object) -> None:

@@ -214,7 +214,9 @@ def test_every_command_works_with_a_registry_in_a_bucket(
     mine.tanuki("promote", "2", "--reason", "second", "--key", tmp_path / "key")
     assert "signed by the key" in mine.tanuki("verify", "2", "--public-key", tmp_path / "key.pub").stdout
     assert json.loads(mine.tanuki("predict", "--json", picture).stdout)[0]["version"] == 2
-    assert "Version 1 is champion again" in mine.tanuki("rollback", "--reason", "bad").stdout
+    told = mine.tanuki("rollback", "--reason", "bad", "--key", tmp_path / "key").stdout
+    assert "Version 1 is champion again" in told
+    assert "signed by the key" in mine.tanuki("verify", "1", "--public-key", tmp_path / "key.pub").stdout
     told = json.loads(mine.tanuki("versions", "--json").stdout)
     assert [(row["id"], row["champion"], row["decision"]) for row in told] == [
         (1, True, "rolled_back"),

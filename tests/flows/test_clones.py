@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.clones import adopt, borrow_clone, finish, prepare_clone, take_snapshot
+from flows.garbage import collect_garbage
 from flows.workspace import dvc, exclusive, find_workspace, out_of_date, reproduce
 from tasks.layout import Layout
 from tests.conftest import Workspace, clone, write_digits
@@ -98,6 +99,36 @@ def test_what_somebody_retrained_meanwhile_stays(main: Layout) -> None:
             assert not adopt(main, clone, snapshot)
     assert counted_images(main) == "20"
     assert out_of_date(main) == {}
+
+
+def test_garbage_collection_takes_clones_that_have_ended_and_nothing_that_a_run_goes_on_with(main: Layout) -> None:
+    with borrow_clone(main) as clone:
+        with exclusive(main, "test"):
+            snapshot = take_snapshot(main)
+        prepare_clone(main, clone, snapshot)
+        reproduce(clone, "count", timeout_s=60)
+        at_work = collect_garbage(main, dry_run=False)
+        assert f"at work in {clone.root} and shares DVC's cache" in at_work.text()
+    killed = collect_garbage(main, dry_run=False)  # its lock is gone, its end was not noted
+    assert (killed.clones.ended, killed.cache.objects) == (0, 0)
+    assert counted_images(clone) == "10"
+    finish(clone)
+    told = collect_garbage(main, dry_run=True)
+    assert told.clones.ended == 1
+    assert clone.root.is_dir()
+    done = collect_garbage(main, dry_run=False)
+    assert "Removed 1 clones of scheduled runs that have ended" in done.text()
+    assert (done.clones, done.cache.objects) == (told.clones, 2)  # what only that run's dvc.lock named
+    assert done.clones.freed_bytes > 10_000
+    assert not clone.root.exists()
+    assert counted_with(main) == "10"
+
+
+def counted_with(main: Layout) -> str:
+    """What a run in a new clone comes to, whatever went before."""
+    with borrow_clone(main) as clone:
+        run(main, clone)
+    return counted_images(main)
 
 
 HOLDER = """

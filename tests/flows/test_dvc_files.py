@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -107,3 +108,24 @@ def test_a_lock_that_a_living_dvc_holds_or_nobody_is_left_alone(workspace: Works
         mend(layout)
         assert layout.dvc_rwlock.read_text() == held
         alive.kill()
+
+
+def test_locks_of_a_git_that_was_killed_are_dropped_and_those_of_one_at_work_are_not(workspace: Workspace) -> None:
+    """Killed by its own hook, where it holds the locks of its index and of a tag."""
+    hook = workspace.root / ".git" / "hooks" / "reference-transaction"
+    hook.write_text("#!/bin/sh\n[ $1 != prepared ] || kill -9 $PPID\n")
+    hook.chmod(0o755)
+    assert workspace.run("git", "tag", "--annotate", "--message", "x", "v1", check=False).returncode == -signal.SIGKILL
+    lock = workspace.root / ".git" / "refs" / "tags" / "v1.lock"
+    (workspace.root / ".git" / "index.lock").touch()  # what a killed `git add` leaves; it calls no hook
+    hook.unlink()
+    assert lock.exists()
+    with subprocess.Popen(
+        ["git", "cat-file", "--batch"], cwd=workspace.root, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ):
+        mend(Layout(workspace.root))
+        assert lock.exists()
+    mend(Layout(workspace.root))
+    workspace.run("git", "tag", "--annotate", "--message", "x", "v1")
+    (workspace.root / "README.md").write_text("edited")
+    workspace.run("git", "commit", "--quiet", "--all", "--message", "edited")

@@ -161,6 +161,38 @@ with prefect_server(Layout(Path.cwd())):
     assert collect("0", "--dry-run") == 0
 
 
+@pytest.mark.slow
+def test_runs_of_this_workspaces_schedules_go_from_the_boxs_own_database(workspace: Workspace) -> None:
+    """`tanuki up` keeps a Prefect of its own; a schedule's run names no workspace but the folder it begins in."""
+    runs = """
+import sys
+from pathlib import Path
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed
+from flows.server import server_on
+from tasks.layout import Layout
+@flow
+def named(root="."): ...
+layout = Layout(Path.cwd())
+layout.prefect_home.mkdir(parents=True)
+with server_on(layout, layout.prefect_home) as url, temporary_settings({PREFECT_API_URL: url}):
+    with get_client(sync_client=True) as client:
+        for folder in (layout.root, "/elsewhere"):
+            steps = [{"prefect.deployments.steps.set_working_directory": {"directory": str(folder)}}]
+            made = client.create_deployment(client.create_flow(named), name=Path(folder).name, pull_steps=steps)
+            run = client.create_flow_run_from_deployment(made)
+            client.set_flow_run_state(run.id, Completed(), force=True)
+"""
+    environment = {**workspace.environment, "PREFECT_HOME": str(workspace.root.parent / "prefect")}
+    script = [sys.executable, "-c", runs]
+    subprocess.run(script, cwd=workspace.root, env={**environment, "PYTHONPATH": str(REPOSITORY)}, check=True)
+    mine = [sys.executable, "-m", "flows.cli", "gc", "--json", "--keep-runs", "0"]
+    done = subprocess.run(mine, cwd=workspace.root, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["runs"] == 1
+
+
 def test_a_version_that_nobody_can_tell_the_needs_of_stops_it(layout: Layout, workspace: Workspace) -> None:
     extract(layout)
     version = register(layout, workspace, 8.0)

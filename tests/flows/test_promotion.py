@@ -42,15 +42,15 @@ def layout(workspace: Workspace) -> Layout:
     return layout
 
 
-def evaluated(layout: Layout, sharpness: float) -> None:
+def evaluated(layout: Layout, sharpness: float, *, labels: tuple[str, ...] = LABELS, int8: float | None = None) -> None:
     """The workspace as `evaluate` leaves it for a bundle of that sharpness."""
-    bundle = write_colour_bundle(layout.bundle_dir, sharpness=sharpness)
+    bundle = write_colour_bundle(layout.bundle_dir, sharpness=sharpness, labels=labels, int8=int8)
     paths = sorted(path.relative_to(layout.raw).as_posix() for path in layout.raw.rglob("*.png"))
     with Predictor(bundle) as predictor:
         probabilities = predictor.score_files([layout.raw / path for path in paths]).probabilities
-    labels = [Path(path).parts[0] for path in paths]
+    truth = [Path(path).parts[0] for path in paths]
     layout.predictions.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"path": paths, "label": labels, "probabilities": list(probabilities)}), layout.predictions)
+    pq.write_table(pa.table({"path": paths, "label": truth, "probabilities": list(probabilities)}), layout.predictions)
     with Predictor(bundle) as predictor:
         spoiled = robust_answers(predictor, [(layout.raw / path).read_bytes() for path in paths[::20]])
     with layout.robustness.open("w", newline="") as file:
@@ -63,7 +63,7 @@ def evaluated(layout: Layout, sharpness: float) -> None:
             )
     layout.model_card.write_text("# A model of colours")
     accuracy = float(
-        np.mean([bundle.labels[row.argmax()] == label for row, label in zip(probabilities, labels, strict=True)])
+        np.mean([bundle.labels[row.argmax()] == label for row, label in zip(probabilities, truth, strict=True)])
     )
     write_json(layout.report("evaluate"), {"accuracy": accuracy, "test_digest": sha256_bytes("".join(paths).encode())})
 
@@ -162,6 +162,9 @@ def test_what_the_gate_promotes_is_signed_before_it_is_champion_where_a_key_is_g
         require_signature(registry.bundle(2), public)  # refused, so nobody vouches for it
     promotion.force(layout, 2, reason="a demonstration", key=promotion.signing_key(None))
     assert require_signature(registry.bundle(2), public)
+    newer = generate_keys(tmp_path / "newer.key")  # version 1 was signed, but not by the key that is required by now
+    promotion.roll_back(layout, reason="it was wrong", key=tmp_path / "newer.key")
+    assert require_signature(registry.bundle(1), newer)
     monkeypatch.setenv("TANUKI_SIGNING_KEY", str(public))
     with pytest.raises(KeyFileError, match="cannot be read as a private key"):
         promotion.signing_key(None)
@@ -229,6 +232,46 @@ def test_a_changed_test_set_and_changed_splits_are_told(layout: Layout) -> None:
         "seed of params.yaml changed since the champion was trained, and with them the splits: it may have learnt some "
         "of today's test images, which flatters it. Add fresh test images.",
     ]
+
+
+def test_a_new_class_is_judged_on_all_images_and_on_those_both_know_and_the_log_keeps_it(
+    layout: Layout, tmp_path: Path
+) -> None:
+    shutil.move(layout.raw / LABELS[2], tmp_path / "later")
+    evaluated(layout, GOOD / 2, labels=LABELS[:2])  # sharper, it would be surer of these two than one of three can be
+    promotion.judge(layout, promote=True)
+    shutil.move(tmp_path / "later", layout.raw / LABELS[2])
+    evaluated(layout, GOOD)
+    verdict = promotion.judge(layout, promote=True)
+    assert (verdict.outcome, verdict.champion) == ("promote", 2)
+    assert [verdict.numbers[name] for name in ("num_images", "num_shared_images", "wins", "losses")] == [
+        180,
+        120,
+        60,
+        0,
+    ]
+    told = (
+        f"new classes: {LABELS[2]!r}; their 60 test images are misses of the champion, and the challenger is right on "
+    )
+    told += "60."
+    assert told in verdict.warnings
+    event = Registry(layout.registry_dir).events()[-1]
+    assert event.decision is not None
+    assert (event.kind, event.decision["numbers"]["shared_difference"]) == ("promoted", 0)
+    assert told in event.decision["warnings"]
+    assert "new classes: " in layout.decision_page.read_text(encoding="utf-8")
+
+
+def test_what_answers_in_int8_comes_before_the_same_gate(layout: Layout) -> None:
+    evaluated(layout, WRONG)
+    promotion.judge(layout, promote=True)
+    evaluated(layout, GOOD, int8=WRONG)
+    spoiled = promotion.judge(layout, promote=True)
+    assert (spoiled.outcome, spoiled.champion) == ("refuse", 1)  # good in fp32, which would not have answered
+    evaluated(layout, GOOD, int8=SHARPER)
+    assert promotion.judge(layout, promote=True).champion == 3
+    bundle = Registry(layout.registry_dir).bundle(3)
+    assert (bundle.precision, (bundle.directory / "back.onnx").is_file()) == ("int8", True)
 
 
 def test_the_list_of_versions_tells_accuracy_and_what_was_said(layout: Layout) -> None:

@@ -154,30 +154,54 @@ KILLED_AT = """
 import os, signal, sys
 from pathlib import Path
 from flows.publication import Published, publish_champion
-from flows.workspace import find_workspace
+from flows.workspace import exclusive, find_workspace
 def hook(event, args):
     if event == "subprocess.Popen" and sys.argv[1] in " ".join(map(str, args[1])):
         os.kill(os.getpid(), signal.SIGKILL)
 layout = find_workspace(Path.cwd())
 sys.addaudithook(hook)
-publish_champion(layout)
+with exclusive(layout, "publish"):
+    publish_champion(layout)
+"""
+
+# Git calls this where it holds its locks and nothing is done yet: that git and its tanuki die there.
+KILLS_GIT = """#!/bin/sh
+[ $1 != prepared ] || ! grep --quiet "$(cat .git/kill-at)" || kill -9 $PPID $(cut -d" " -f4 /proc/$PPID/stat)
 """
 
 
-STEPS = ("push --quiet", "data status", "commit --quiet", "tanuki@v1.0.0 HEAD", "tanuki#prod#1", "--atomic")
+GIT = "git, at "  # as it writes that ref; else tanuki, before it runs that command
+STEPS = (
+    "push --quiet",
+    "data status",
+    "commit --quiet",
+    f"{GIT}refs/heads/main",
+    "tanuki@v1.0.0 HEAD",
+    f"{GIT}refs/tags/tanuki@v1",
+    "tanuki#prod#1",
+    f"{GIT}refs/tags/tanuki#prod",
+    "--atomic",
+)
 
 
 @pytest.mark.slow
-def test_a_kill_before_each_step_leaves_nothing_half_published_and_the_next_run_goes_on(
+def test_a_kill_at_each_step_leaves_nothing_half_published_and_the_next_run_goes_on(
     repository: Path, workspace: Workspace, layout: Layout, tmp_path: Path
 ) -> None:
     environment = {**workspace.environment, "PYTHONPATH": str(repository)}
     command = [sys.executable, "-c", KILLED_AT]
-    for before in STEPS:
+    hook = workspace.root / ".git" / "hooks" / "reference-transaction"
+    for step in STEPS:
+        if step.startswith(GIT):
+            (workspace.root / ".git" / "kill-at").write_text(step.removeprefix(GIT))
+            hook.write_text(KILLS_GIT)
+            hook.chmod(0o755)
         killed = subprocess.run(
-            [*command, before], cwd=workspace.root, env=environment, capture_output=True, text=True, check=False
+            [*command, step], cwd=workspace.root, env=environment, capture_output=True, text=True, check=False
         )
-        assert killed.returncode == -signal.SIGKILL, (before, killed.stderr)
+        hook.unlink(missing_ok=True)
+        assert killed.returncode == -signal.SIGKILL, (step, killed.stderr)
+        assert list((workspace.root / ".git").rglob("*.lock")) or not step.startswith(GIT)
         assert upstream_tags(workspace, tmp_path) == []
         told = workspace.run("git", "--git-dir", tmp_path / "upstream.git", "ls-tree", "--name-only", "main").stdout
         assert "dvc.lock" not in told.split()
