@@ -7,7 +7,7 @@ registry is the workspace's own, through a link. What a run came to goes back as
 unless somebody retrained in the workspace meanwhile.
 
 A clone is kept for the next run, and a kernel lock says which are free: what a killed run had not finished lies in its
-clone, and the next run goes on there.
+clone, and the next run goes on there. `tanuki gc` takes away those that only overlapping runs needed.
 """
 
 import fcntl
@@ -66,6 +66,21 @@ def take_snapshot(main: Layout) -> Snapshot:
     return Snapshot(commit, git(main, "stash", "create") or commit, _digest(main.dvc_lock))
 
 
+@dataclass(frozen=True)
+class ClonesSweep:
+    """What became of the clones, or would.
+
+    Args:
+        removed: How many went.
+        freed_bytes: Of the files that lay nowhere else.
+        unfinished: Folders of those in which a killed run left something to go on with: they stay.
+    """
+
+    removed: int = 0
+    freed_bytes: int = 0
+    unfinished: tuple[str, ...] = ()
+
+
 @contextmanager
 def borrow_clone(main: Layout) -> Iterator[Layout]:
     """A clone that nobody else works in; a new one where all are in use.
@@ -75,17 +90,48 @@ def borrow_clone(main: Layout) -> Iterator[Layout]:
     Raises:
         BusyError: If too many are in use.
     """
-    main.clones_dir.mkdir(parents=True, exist_ok=True)
-    for number in range(1, MAX_CLONES + 1):
-        with (main.clones_dir / f"{number}.lock").open("a", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            os.set_inheritable(file.fileno(), True)
-            yield Layout(main.clones_dir / str(number))
-            return
+    with _doorway(main).open("a", encoding="utf-8") as doorway:
+        fcntl.flock(doorway, fcntl.LOCK_SH)  # waits while `tanuki gc` looks at the clones
+        os.set_inheritable(doorway.fileno(), True)
+        for number in range(1, MAX_CLONES + 1):
+            with (main.clones_dir / f"{number}.lock").open("a", encoding="utf-8") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                os.set_inheritable(file.fileno(), True)
+                yield Layout(main.clones_dir / str(number))
+                return
     raise BusyError(f"All {MAX_CLONES} clones in {main.clones_dir} are in use. Wait until a run has ended.")
+
+
+@contextmanager
+def clones_at_rest(main: Layout) -> Iterator[bool]:
+    """Keeps runs from beginning in a clone meanwhile; False where one is at work in one already."""
+    with _doorway(main).open("a", encoding="utf-8") as doorway:
+        try:
+            fcntl.flock(doorway, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def sweep_clones(main: Layout, *, dry_run: bool) -> ClonesSweep:
+    """Removes all clones but the first and the unfinished ones. Call it with `clones_at_rest`.
+
+    Args:
+        main: The workspace.
+        dry_run: Only tell.
+    """
+    clones = [Layout(main.clones_dir / str(number)) for number in range(1, MAX_CLONES + 1)]
+    there = [clone for clone in clones if clone.root.is_dir()]
+    unfinished = [clone for clone in there if _unfinished(clone).is_file()]
+    gone = [clone for clone in there[1:] if clone not in unfinished]
+    freed = sum(_own_bytes(clone.root) for clone in gone)
+    for clone in () if dry_run else gone:
+        shutil.rmtree(clone.root)
+    return ClonesSweep(len(gone), freed, tuple(str(clone.root) for clone in unfinished))
 
 
 def prepare_clone(main: Layout, clone: Layout, snapshot: Snapshot) -> None:
@@ -150,6 +196,18 @@ def adopt(main: Layout, clone: Layout, snapshot: Snapshot) -> bool:
 def finish(clone: Layout) -> None:
     """Notes that the run in a clone came to its end."""
     _unfinished(clone).unlink(missing_ok=True)
+
+
+def _doorway(main: Layout) -> Path:
+    """Shared by all who work in clones, and what they start."""
+    main.clones_dir.mkdir(parents=True, exist_ok=True)
+    return main.clones_dir / "doorway.lock"
+
+
+def _own_bytes(folder: Path) -> int:
+    """Of the files in a folder that are no link to what lies elsewhere too."""
+    facts = (Path(place, name).lstat() for place, _, names in os.walk(folder) for name in names)
+    return sum(each.st_size for each in facts if each.st_nlink == 1)
 
 
 def _has_features(clone: Layout, stage: Stage) -> bool:

@@ -7,7 +7,7 @@ that uses this cache: it then collects them by its own rules, folders and all. B
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +32,16 @@ class CacheSweep:
     left_alone: str | None = None
 
 
-def sweep_cache(layout: Layout, versions: Mapping[int, Mapping[str, str]], *, dry_run: bool) -> CacheSweep:
+def sweep_cache(
+    layout: Layout, versions: Mapping[int, Mapping[str, str]], *, dry_run: bool, also: Sequence[str] = ()
+) -> CacheSweep:
     """Removes from DVC's cache what nothing needs; the remotes stay as they are.
 
     Args:
         layout: The workspace, held by the caller.
         versions: DVC's hash of each output, by its path, of every version that is kept.
         dry_run: Only tell.
+        also: Folders of other DVC projects that use this cache: unfinished clones.
 
     Raises:
         WorkspaceError: If DVC refuses; nothing was removed then.
@@ -51,7 +54,7 @@ def sweep_cache(layout: Layout, versions: Mapping[int, Mapping[str, str]], *, dr
         )
     with tempfile.TemporaryDirectory(prefix="tanuki-gc-") as folder:
         _write_project(Path(folder), cache, versions)
-        command = ("gc", *SCOPE, "--projects", folder)
+        command = ("gc", *SCOPE, "--projects", folder, *also)
         told = dvc(layout, *command, "--dry")
         removed = [Path(path) for path in re.findall(r"^Removing (.+)$", told, re.MULTILINE)]
         sizes = [path.stat().st_size for path in removed if path.is_file()]

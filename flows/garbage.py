@@ -1,9 +1,10 @@
-"""What nothing needs any more, of the feature store, of DVC's cache and of Prefect's runs: behind `tanuki gc`.
+"""What nothing needs any more, of the feature store, clones, DVC's cache and Prefect's runs: behind `tanuki gc`.
 
 Needed are the features of the images of the current manifest under the current backbone, and those of every registry
 version: its images under its backbone, read from DVC's cache by the hashes in its lineage. So going back to any of them
-costs no forward. In DVC's cache (flows/dvc_cache.py) all stays that a kept version's lineage names; the registry's own
-files are swept by itself. What is needed is known before the first of these loses anything.
+costs no forward. In DVC's cache (flows/dvc_cache.py) all stays that a kept version's lineage names, or a clone that a
+killed run will go on in; the registry's own files are swept by itself. What is needed is known before the first of
+these loses anything.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.registry import Registry
+from flows.clones import ClonesSweep, clones_at_rest, sweep_clones
 from flows.dvc_cache import CacheSweep, sweep_cache
 from flows.registries import registry_of
 from flows.workspace import WorkspaceError, dvc
@@ -22,6 +24,8 @@ from tasks.data.manifest import read_manifest
 from tasks.errors import BackboneError, DataError
 from tasks.layout import Layout
 from tasks.models.backbone_card import read_card
+
+AT_WORK = "A scheduled run works in a clone, so DVC's cache and the clones were left alone: try again when it has ended"
 
 
 @dataclass(frozen=True)
@@ -41,18 +45,22 @@ class GarbageReport:
         orphans: Of each space that has some.
         versions: Of the registry.
         cache: Of DVC's cache.
+        clones: Of the clones that scheduled runs work in.
     """
 
     dry_run: bool
     orphans: tuple[Orphans, ...]
     versions: tuple[int, ...] = ()
     cache: CacheSweep = field(default_factory=CacheSweep)
+    clones: ClonesSweep = field(default_factory=ClonesSweep)
 
     def text(self) -> str:
         """The report for a person."""
         told = "Would remove" if self.dry_run else "Removed"
         versions = f"{told} version {', '.join(map(str, self.versions))}, never live."
-        return "\n".join([*([versions] if self.versions else []), self._features_text(), self._cache_text(told)])
+        clones = f"{told} {self.clones.removed} idle clones of scheduled runs, {self.clones.freed_bytes / 1e6:,.1f} MB."
+        lines = [*([versions] if self.versions else []), *([clones] if self.clones.removed else [])]
+        return "\n".join([*lines, self._features_text(), self._cache_text(told)])
 
     def _cache_text(self, told: str) -> str:
         if self.cache.left_alone:
@@ -115,7 +123,12 @@ def collect_garbage(
 
     orphans = drop_orphans(layout.features_dir, images_of, dry_run=dry_run)
     kept = _outputs_of_versions(layout, registry, {*forget, *versions})
-    return GarbageReport(dry_run, tuple(orphans), versions, sweep_cache(layout, kept, dry_run=dry_run))
+    with clones_at_rest(layout) as at_rest:
+        if not at_rest:  # what it has just computed is named by no dvc.lock yet
+            return GarbageReport(dry_run, tuple(orphans), versions, CacheSweep(left_alone=AT_WORK))
+        clones = sweep_clones(layout, dry_run=dry_run)
+        cache = sweep_cache(layout, kept, dry_run=dry_run, also=clones.unfinished)
+    return GarbageReport(dry_run, tuple(orphans), versions, cache, clones)
 
 
 def _outputs_of_versions(layout: Layout, registry: Registry, forget: Collection[int]) -> dict[int, dict[str, str]]:
