@@ -1,7 +1,6 @@
 """What must hold after benchmarks/soak.py's month, looked at from outside: in files, in git, in Prefect."""
 
 import csv
-import fcntl
 import hashlib
 import json
 import re
@@ -20,7 +19,7 @@ from benchmarks.month import AT_THE_DOOR, Bad
 from deploy.bundle import read_bundle
 from deploy.event_log import MOVES, Event
 from flows.graph import read_stages
-from flows.workspace import git
+from flows.workspace import git, is_held
 from tasks.layout import Layout
 
 if TYPE_CHECKING:
@@ -199,12 +198,8 @@ def half_done(world: "World") -> tuple[list[str], str]:
     pointer = json.loads((layout.registry_dir / "champion.json").read_bytes())
     if pointer["version"] != world.registry.events()[-1].champion:
         wrong.append("pointer and log of the registry name two champions")
-    for lock in layout.clones_dir.glob("*.lock"):
-        with lock.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                wrong.append(f"{lock} is held")
+    locks = [layout.lock, *layout.clones_dir.glob("*.lock")]
+    wrong += [f"{lock} is held" for lock in locks if is_held(lock)]
     wrong += [f"{each} lies there" for each in layout.root.rglob("*.tmp") if ".git" not in each.parts]
     wrong += [f"{each} lies there" for each in layout.raw.rglob(".tanuki-add-*")]
     if stale := json.loads(world.tanuki("status", "--json"))["would_run"]:
