@@ -24,7 +24,7 @@ from deploy.bundle import read_bundle
 from deploy.images import decode_image
 from deploy.predictor import Predictor
 from flows.sample import lay_out_sample
-from tasks.__main__ import run_stage
+from tasks.__main__ import STAGES, run_stage
 from tasks.data.manifest import read_manifest
 from tasks.drift.compare import Answers, Comparison, compare
 from tasks.evaluation.metrics import wilson_interval
@@ -32,15 +32,6 @@ from tasks.evaluation.robustness import CORRUPTIONS, corrupted
 from tasks.layout import Layout
 from tasks.params import DriftParams, Params, load_params
 
-STAGES = (
-    "fetch_backbone",
-    "index_images",
-    "validate_data",
-    "cache_features",
-    "train_head",
-    "finetune",
-    "export_onnx",
-)
 STRENGTHS = (0.05, 0.1, 0.2, 0.4, 0.8)
 MIXES = (0.1, 0.2, 0.4, 0.8)
 TESTS = ("pictures", "predictions", "confidence")
@@ -101,7 +92,7 @@ def prepare(layout: Layout, params: Params) -> None:
     layout.raw.mkdir(parents=True)
     lay_out_sample(layout.raw)
     finetune = params.finetune.model_copy(update={"enabled": False})
-    for stage in STAGES:
+    for stage in STAGES[:-1]:  # all but evaluate
         run_stage(stage, layout, params.model_copy(update={"finetune": finetune}))
 
 

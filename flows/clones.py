@@ -7,7 +7,7 @@ registry is the workspace's own, through a link. What a run came to goes back as
 unless somebody retrained in the workspace meanwhile.
 
 A clone is kept for the next run, and a kernel lock says which are free: what a killed run had not finished lies in its
-clone, and the next run goes on there.
+clone, and the next run goes on there. `tanuki gc` takes away those that only overlapping runs needed.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,21 +49,6 @@ class Snapshot:
     dvc_lock: str | None
 
 
-@dataclass(frozen=True)
-class Clones:
-    """The clones that there are.
-
-    Args:
-        ended: Of runs that came to their end; the next run would only save the time to make one.
-        unfinished: Of runs that were killed, with what these had reached.
-        busy: Those that a run works in.
-    """
-
-    ended: tuple[Layout, ...] = ()
-    unfinished: tuple[Layout, ...] = ()
-    busy: tuple[Layout, ...] = ()
-
-
 def take_snapshot(main: Layout) -> Snapshot:
     """The workspace as it stands. Call it with the workspace's lock held.
 
@@ -81,6 +66,21 @@ def take_snapshot(main: Layout) -> Snapshot:
     return Snapshot(commit, git(main, "stash", "create") or commit, _digest(main.dvc_lock))
 
 
+@dataclass(frozen=True)
+class ClonesSweep:
+    """What became of the clones, or would.
+
+    Args:
+        removed: How many went.
+        freed_bytes: Of the files that lay nowhere else.
+        unfinished: Folders of those in which a killed run left something to go on with: they stay.
+    """
+
+    removed: int = 0
+    freed_bytes: int = 0
+    unfinished: tuple[str, ...] = ()
+
+
 @contextmanager
 def borrow_clone(main: Layout) -> Iterator[Layout]:
     """A clone that nobody else works in; a new one where all are in use.
@@ -90,46 +90,50 @@ def borrow_clone(main: Layout) -> Iterator[Layout]:
     Raises:
         BusyError: If too many are in use.
     """
-    main.clones_dir.mkdir(parents=True, exist_ok=True)
-    for number in range(1, MAX_CLONES + 1):
-        with _slot(main, number) as is_free:
-            if is_free:
+    with _doorway(main).open("a", encoding="utf-8") as doorway:
+        fcntl.flock(doorway, fcntl.LOCK_SH)  # waits while `tanuki gc` looks at the clones
+        os.set_inheritable(doorway.fileno(), True)
+        for number in range(1, MAX_CLONES + 1):
+            with (main.clones_dir / f"{number}.lock").open("a", encoding="utf-8") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                os.set_inheritable(file.fileno(), True)
                 yield Layout(main.clones_dir / str(number))
                 return
     raise BusyError(f"All {MAX_CLONES} clones in {main.clones_dir} are in use. Wait until a run has ended.")
 
 
 @contextmanager
-def held_clones(main: Layout) -> Iterator[Clones]:
-    """The clones as they are, and no run may begin in one meanwhile. Call it with the workspace's lock held."""
-    if not main.clones_dir.is_dir():
-        yield Clones()
-        return
-    ended, unfinished, busy = [], [], []
-    with ExitStack() as stack:
-        for number in range(1, MAX_CLONES + 1):
-            clone, is_free = Layout(main.clones_dir / str(number)), stack.enter_context(_slot(main, number))
-            if not is_free:
-                busy.append(clone)
-            elif _unfinished(clone).is_file():
-                mend(clone)
-                unfinished.append(clone)
-            elif clone.root.is_dir():
-                ended.append(clone)
-        yield Clones(tuple(ended), tuple(unfinished), tuple(busy))
-
-
-@contextmanager
-def _slot(main: Layout, number: int) -> Iterator[bool]:
-    """Whether the clone of that number was free; it is held then."""
-    with (main.clones_dir / f"{number}.lock").open("a", encoding="utf-8") as file:
+def clones_at_rest(main: Layout) -> Iterator[bool]:
+    """Keeps runs from beginning in a clone meanwhile; False where one is at work in one already."""
+    with _doorway(main).open("a", encoding="utf-8") as doorway:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(doorway, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
-        os.set_inheritable(file.fileno(), True)
         yield True
+
+
+def sweep_clones(main: Layout, *, dry_run: bool) -> ClonesSweep:
+    """Removes all clones but the first and the unfinished ones. Call it with `clones_at_rest`.
+
+    Args:
+        main: The workspace.
+        dry_run: Only tell.
+    """
+    clones = [Layout(main.clones_dir / str(number)) for number in range(1, MAX_CLONES + 1)]
+    there = [clone for clone in clones if clone.root.is_dir()]
+    unfinished = [clone for clone in there if _unfinished(clone).is_file()]
+    for clone in unfinished:
+        mend(clone)  # a dvc.lock that a kill cut off would hide from DVC what is needed
+    gone = [clone for clone in there[1:] if clone not in unfinished]
+    freed = sum(_own_bytes(clone.root) for clone in gone)
+    for clone in () if dry_run else gone:
+        shutil.rmtree(clone.root)
+    return ClonesSweep(len(gone), freed, tuple(str(clone.root) for clone in unfinished))
 
 
 def prepare_clone(main: Layout, clone: Layout, snapshot: Snapshot) -> None:
@@ -194,6 +198,18 @@ def adopt(main: Layout, clone: Layout, snapshot: Snapshot) -> bool:
 def finish(clone: Layout) -> None:
     """Notes that the run in a clone came to its end."""
     _unfinished(clone).unlink(missing_ok=True)
+
+
+def _doorway(main: Layout) -> Path:
+    """Shared by all who work in clones, and what they start."""
+    main.clones_dir.mkdir(parents=True, exist_ok=True)
+    return main.clones_dir / "doorway.lock"
+
+
+def _own_bytes(folder: Path) -> int:
+    """Of the files in a folder that are no link to what lies elsewhere too."""
+    facts = (Path(place, name).lstat() for place, _, names in os.walk(folder) for name in names)
+    return sum(each.st_size for each in facts if each.st_nlink == 1)
 
 
 def _has_features(clone: Layout, stage: Stage) -> bool:

@@ -33,15 +33,15 @@ class CacheSweep:
 
 
 def sweep_cache(
-    layout: Layout, versions: Mapping[int, Mapping[str, str]], *, others: Sequence[Layout] = (), dry_run: bool
+    layout: Layout, versions: Mapping[int, Mapping[str, str]], *, dry_run: bool, also: Sequence[str] = ()
 ) -> CacheSweep:
     """Removes from DVC's cache what nothing needs; the remotes stay as they are.
 
     Args:
         layout: The workspace, held by the caller.
         versions: DVC's hash of each output, by its path, of every version that is kept.
-        others: Clones that share this cache and go on with what they have, held by the caller too.
         dry_run: Only tell.
+        also: Folders of other DVC projects that use this cache: unfinished clones.
 
     Raises:
         WorkspaceError: If DVC refuses; nothing was removed then.
@@ -54,7 +54,7 @@ def sweep_cache(
         )
     with tempfile.TemporaryDirectory(prefix="tanuki-gc-") as folder:
         _write_project(Path(folder), cache, versions)
-        command = ("gc", *SCOPE, "--projects", folder, *(str(other.root) for other in others))
+        command = ("gc", *SCOPE, "--projects", folder, *also)
         told = dvc(layout, *command, "--dry")
         removed = [Path(path) for path in re.findall(r"^Removing (.+)$", told, re.MULTILINE)]
         sizes = [path.stat().st_size for path in removed if path.is_file()]

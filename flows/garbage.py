@@ -1,16 +1,13 @@
-"""What nothing needs any more: of the feature store, of DVC's cache, of scheduled runs' clones: behind `tanuki gc`.
+"""What nothing needs any more, of the feature store, clones, DVC's cache and Prefect's runs: behind `tanuki gc`.
 
 Needed are the features of the images of the current manifest under the current backbone, and those of every registry
 version: its images under its backbone, read from DVC's cache by the hashes in its lineage. So going back to any of them
-costs no forward. In DVC's cache (flows/dvc_cache.py) all stays that a kept version's lineage names; the registry's own
-files are swept by itself. What is needed is known before the first of these loses anything. Clones share DVC's cache
-(flows/clones.py): one whose run was killed keeps what that had reached; while a run works in one, the cache is left
-alone, because nobody but that run knows what it is about to need. Prefect's runs: flows/run_history.py.
+costs no forward. In DVC's cache (flows/dvc_cache.py) all stays that a kept version's lineage names, or a clone that a
+killed run will go on in; the registry's own files are swept by itself. What is needed is known before the first of
+these loses anything.
 """
 
 import json
-import os
-import shutil
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
@@ -18,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.registry import Registry
-from flows.clones import Clones, held_clones
+from flows.clones import ClonesSweep, clones_at_rest, sweep_clones
 from flows.dvc_cache import CacheSweep, sweep_cache
 from flows.registries import registry_of
 from flows.workspace import WorkspaceError, dvc
@@ -27,6 +24,8 @@ from tasks.data.manifest import read_manifest
 from tasks.errors import BackboneError, DataError
 from tasks.layout import Layout
 from tasks.models.backbone_card import read_card
+
+AT_WORK = "A scheduled run works in a clone, so DVC's cache and the clones were left alone: try again when it has ended"
 
 
 @dataclass(frozen=True)
@@ -38,19 +37,6 @@ class Backbone:
 
 
 @dataclass(frozen=True)
-class ClonesSweep:
-    """Which clones of scheduled runs went, or would.
-
-    Args:
-        ended: How many, all of runs that had come to their end.
-        freed_bytes: Of their files, without what is a link to DVC's cache.
-    """
-
-    ended: int = 0
-    freed_bytes: int = 0
-
-
-@dataclass(frozen=True)
 class GarbageReport:
     """What was taken out, or would be.
 
@@ -59,7 +45,7 @@ class GarbageReport:
         orphans: Of each space that has some.
         versions: Of the registry.
         cache: Of DVC's cache.
-        clones: Of those that scheduled runs work in.
+        clones: Of the clones that scheduled runs work in.
     """
 
     dry_run: bool
@@ -72,17 +58,9 @@ class GarbageReport:
         """The report for a person."""
         told = "Would remove" if self.dry_run else "Removed"
         versions = f"{told} version {', '.join(map(str, self.versions))}, never live."
-        clones = (
-            f"{told} {self.clones.ended} clones of scheduled runs that have ended, "
-            f"{self.clones.freed_bytes / 1e6:,.1f} MB; the next run makes one anew."
-        )
-        lines = [
-            *([versions] if self.versions else []),
-            self._features_text(),
-            *([clones] if self.clones.ended else []),
-            self._cache_text(told),
-        ]
-        return "\n".join(lines)
+        clones = f"{told} {self.clones.removed} idle clones of scheduled runs, {self.clones.freed_bytes / 1e6:,.1f} MB."
+        lines = [*([versions] if self.versions else []), *([clones] if self.clones.removed else [])]
+        return "\n".join([*lines, self._features_text(), self._cache_text(told)])
 
     def _cache_text(self, told: str) -> str:
         if self.cache.left_alone:
@@ -115,7 +93,7 @@ class GarbageReport:
 def collect_garbage(
     layout: Layout, *, dry_run: bool, forget: Collection[int] = (), keep_last: int | None = None
 ) -> GarbageReport:
-    """Takes out of data/features, DVC's cache and .tanuki what neither the workspace nor a registry version needs.
+    """Takes out of data/features and DVC's cache what neither the workspace nor a registry version needs.
 
     Args:
         layout: The workspace, held by the caller.
@@ -144,35 +122,13 @@ def collect_garbage(
         return needed.get(Backbone(space.trunk_sha256, space.preprocessing_sha256), set())
 
     orphans = drop_orphans(layout.features_dir, images_of, dry_run=dry_run)
-    with held_clones(layout) as clones:
-        swept = _sweep_clones(clones.ended, dry_run=dry_run)
-        kept = _outputs_of_versions(layout, registry, {*forget, *versions})
-        cache = _sweep_cache(layout, kept, clones, dry_run=dry_run)
-    return GarbageReport(dry_run, tuple(orphans), versions, cache, swept)
-
-
-def _sweep_clones(ended: Collection[Layout], *, dry_run: bool) -> ClonesSweep:
-    sizes = [
-        status.st_size
-        for clone in ended
-        for folder, _, names in os.walk(clone.root)
-        for name in names
-        if (status := Path(folder, name).lstat()).st_nlink == 1
-    ]
-    for clone in () if dry_run else ended:
-        shutil.rmtree(clone.root)
-    return ClonesSweep(len(ended), sum(sizes))
-
-
-def _sweep_cache(layout: Layout, kept: dict[int, dict[str, str]], clones: Clones, *, dry_run: bool) -> CacheSweep:
-    if clones.busy:
-        names = ", ".join(str(clone.root) for clone in clones.busy)
-        return CacheSweep(
-            left_alone=f"A scheduled run is at work in {names} and shares DVC's cache, so that was left alone: run "
-            "`tanuki gc` again when it has ended"
-        )
-    others = [clone for clone in clones.unfinished if (clone.root / ".dvc" / "config").is_file()]
-    return sweep_cache(layout, kept, others=others, dry_run=dry_run)
+    kept = _outputs_of_versions(layout, registry, {*forget, *versions})
+    with clones_at_rest(layout) as at_rest:
+        if not at_rest:  # what it has just computed is named by no dvc.lock yet
+            return GarbageReport(dry_run, tuple(orphans), versions, CacheSweep(left_alone=AT_WORK))
+        clones = sweep_clones(layout, dry_run=dry_run)
+        cache = sweep_cache(layout, kept, dry_run=dry_run, also=clones.unfinished)
+    return GarbageReport(dry_run, tuple(orphans), versions, cache, clones)
 
 
 def _outputs_of_versions(layout: Layout, registry: Registry, forget: Collection[int]) -> dict[int, dict[str, str]]:

@@ -1,7 +1,7 @@
 """The flow `scheduled-drift`: a look for drift by the clock, whose state says what it came to.
 
-Names of its final state: "Drift", "No drift", "Nothing to do" (nothing is captured, or too little), and Prefect's own
-Failed and Crashed. Drift is a reason to retrain, told once until it has gone again.
+Names of its final state: "Drift", "No drift", "Nothing to do" (no champion, nothing captured, or too little), and
+Prefect's own Failed and Crashed. Drift is a reason to retrain, told once until it has gone again.
 """
 
 import logging
@@ -15,6 +15,7 @@ from prefect.states import Completed
 
 from flows.drift import drift
 from flows.drift_check import DriftReport
+from flows.registries import registry_of
 from flows.run_log import told
 from flows.signals import Signal, watch
 from flows.workspace import find_workspace
@@ -37,6 +38,8 @@ def scheduled_drift(root: str = ".", captures: str = "data/captures") -> State[A
 def _look(layout: Layout, captures: str) -> State[Any]:
     if not (layout.root / captures).is_dir():
         return Completed(name="Nothing to do", message=f"{captures} is no folder: no server captures there.")
+    if registry_of(layout).champion_id() is None:
+        return Completed(name="Nothing to do", message="There is no champion yet, so nobody has answered anything.")
     report = drift.fn(layout.root, layout.root / captures)
     if report.outcome == "too few":
         return Completed(name="Nothing to do", message=report.headline)

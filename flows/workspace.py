@@ -147,14 +147,21 @@ def _try_lock(file: IO[str]) -> bool:
 
 def holder(layout: Layout) -> str | None:
     """Who holds the workspace's lock, in words; None where it is free."""
-    if not layout.lock.is_file():
+    if not is_held(layout.lock):
         return None
-    with layout.lock.open("rb") as file:
+    return layout.lock.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds the kernel's lock on a file, which need not be there."""
+    if not lock.is_file():
+        return False
+    with lock.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return file.read().decode("utf-8", "replace").strip() or "another process"
-    return None
+            return True
+    return False
 
 
 def environment() -> dict[str, str]:

@@ -3,17 +3,24 @@
 Import it only where this process's environment names the server (flows/up/settings.py).
 """
 
-import fcntl
 import json
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.registries import registry_of
 from flows.up.settings import WORK_POOL
+from flows.workspace import is_held
 from tasks.layout import Layout
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.sorting import FlowRunSort
 
 
 @dataclass(frozen=True)
@@ -71,14 +78,7 @@ class UpStatus:
 
 def is_up(layout: Layout) -> bool:
     """Whether a `tanuki up` runs here."""
-    if not layout.up_lock.is_file():
-        return False
-    with layout.up_lock.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return is_held(layout.up_lock)
 
 
 def read_facts(layout: Layout) -> dict[str, Any] | None:
@@ -146,48 +146,47 @@ def _model(layout: Layout, facts: dict[str, Any]) -> PartStatus:
 
 def _schedules() -> tuple[tuple[ScheduleStatus, ...], tuple[str, ...]]:
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import (
-        DeploymentFilter,
-        DeploymentFilterId,
-        FlowRunFilter,
-        FlowRunFilterExpectedStartTime,
-    )
     from prefect.client.schemas.sorting import DeploymentSort, FlowRunSort
 
     now = datetime.now(UTC)
     rows = []
     with get_client(sync_client=True) as client:
         for deployment in client.read_deployments(limit=200, sort=DeploymentSort.NAME_ASC):
-            of_it = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
-            last = client.read_flow_runs(
-                deployment_filter=of_it,
-                flow_run_filter=FlowRunFilter(
-                    expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"before_": now})
-                ),
-                sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-                limit=1,
-            )
-            coming = client.read_flow_runs(
-                deployment_filter=of_it,
-                flow_run_filter=FlowRunFilter(
-                    expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"after_": now})
-                ),
-                sort=FlowRunSort.EXPECTED_START_TIME_ASC,
-                limit=1,
-            )
-            state = last[0].state if last else None
+            last = _run_of(client, deployment.id, {"before_": now}, FlowRunSort.EXPECTED_START_TIME_DESC)
+            coming = _run_of(client, deployment.id, {"after_": now}, FlowRunSort.EXPECTED_START_TIME_ASC)
+            state = None if last is None else last.state
             rows.append(
                 ScheduleStatus(
                     name=deployment.name,
                     is_active=not deployment.paused and any(each.active for each in deployment.schedules),
                     last_state=None if state is None else state.name,
                     last_message=None if state is None else state.message,
-                    last_at=_time(last[0].start_time or last[0].expected_start_time) if last else None,
-                    next_at=_time(coming[0].expected_start_time) if coming else None,
+                    last_at=None if last is None else _time(last.start_time or last.expected_start_time),
+                    next_at=None if coming is None else _time(coming.expected_start_time),
                 )
             )
         automations = tuple(sorted(each.name for each in client.read_automations() if each.enabled))
     return tuple(sorted(rows, key=lambda row: row.name)), automations
+
+
+def _run_of(
+    client: "SyncPrefectClient", deployment: "UUID", expected: dict[str, datetime], sort: "FlowRunSort"
+) -> "FlowRun | None":
+    """The first run of a deployment that is expected then, in that order."""
+    from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterId,
+        FlowRunFilter,
+        FlowRunFilterExpectedStartTime,
+    )
+
+    runs = client.read_flow_runs(
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])),
+        flow_run_filter=FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime.model_validate(expected)),
+        sort=sort,
+        limit=1,
+    )
+    return runs[0] if runs else None
 
 
 def _time(time: datetime | None) -> str | None:

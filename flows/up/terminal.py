@@ -5,12 +5,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-SERIOUS = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|^Traceback|^\w+(?:\.\w+)*(?:Error|Exception): ")
+SERIOUS = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|^\w+(?:\.\w+)*(?:Error|Exception): ")
 PREFECT_LINE = re.compile(r"^(\d\d:\d\d:\d\d)\.\d+ \| (\w+)\s*\| (.*)$")
 OWN_BUSINESS = re.compile(  # Prefect's talk of how it goes about it
     r"^prefect\.|^Worker '|"
     r"^Flow run '.*' - (Running \d+ deployment|Executing deployment|Deployment step|All deployment|View at)"
 )
+TOLD_ALREADY = "Engine execution exited with unexpected exception"  # of a run that failed with a message of its own
 OF_MODULE = re.compile(r"^(?:flows|tasks|deploy)\.[\w.]+ - ")
 
 
@@ -54,7 +55,7 @@ def _of_worker(line: str) -> str | None:
     if found is None:
         return line if SERIOUS.search(line) else None
     _, level, text = found.groups()
-    if level == "INFO" and OWN_BUSINESS.match(text):
+    if (level == "INFO" and OWN_BUSINESS.match(text)) or text.endswith(TOLD_ALREADY):
         return None
     text = OF_MODULE.sub("", text)
     return text if level == "INFO" else f"{level}: {text}"

@@ -153,47 +153,36 @@ def compare(
         seed: Of the permutations.
     """
     with threadpool_limits(1):  # the same numbers however many cores there are; and it takes less than a second
-        return _compare(reference, window, labels, level, permutations, neighbours, seed)
-
-
-def _compare(
-    reference: Answers,
-    window: Answers,
-    labels: Sequence[str],
-    level: float,
-    permutations: int,
-    neighbours: int,
-    seed: int,
-) -> Comparison:
-    scaled, of_window = _scaled(reference.embeddings, window.embeddings)
-    rows = _distinct(of_window)
-    window, of_window = window.of(rows), of_window[rows]
-    pooled = np.concatenate([scaled, of_window])
-    predicted = np.concatenate([reference.predicted, window.predicted])
-    confidence = np.concatenate([reference.confidence, window.confidence])
-    sizes = (len(reference), len(window))
-    free = permuted_windows(*sizes, permutations=permutations, seed=seed)
-    within = permuted_windows(*sizes, permutations=permutations, seed=seed + 1, strata=predicted)
-    tests = {
-        "pictures": classifier_test(pooled, within, seed=seed),
-        "predictions": mix_test(predicted, free),
-        "confidence": distance_test(confidence, within),
-    }
-    adjusted = holm({name: test.p_value for name, test in tests.items()})
-    distances, novelty = _novelty(scaled, of_window, neighbours)
-    return Comparison(
-        is_drift=min(adjusted.values()) <= level,
-        tests={
-            name: DriftTest(test.statistic, test.expected, test.p_value, adjusted[name]) for name, test in tests.items()
-        },
-        classes=_class_shifts(predicted, free, labels, level),
-        reference_confidence=float(reference.confidence.mean()),
-        window_confidence=float(window.confidence.mean()),
-        window_rows=rows,
-        novelty=novelty,
-        novelty_distances=distances,
-        projection=_projection(pooled, sizes[0]),
-    )
+        scaled, of_window = _scaled(reference.embeddings, window.embeddings)
+        rows = _distinct(of_window)
+        window, of_window = window.of(rows), of_window[rows]
+        pooled = np.concatenate([scaled, of_window])
+        predicted = np.concatenate([reference.predicted, window.predicted])
+        confidence = np.concatenate([reference.confidence, window.confidence])
+        sizes = (len(reference), len(window))
+        free = permuted_windows(*sizes, permutations=permutations, seed=seed)
+        within = permuted_windows(*sizes, permutations=permutations, seed=seed + 1, strata=predicted)
+        tests = {
+            "pictures": classifier_test(pooled, within, seed=seed),
+            "predictions": mix_test(predicted, free),
+            "confidence": distance_test(confidence, within),
+        }
+        adjusted = holm({name: test.p_value for name, test in tests.items()})
+        distances, novelty = _novelty(scaled, of_window, neighbours)
+        return Comparison(
+            is_drift=min(adjusted.values()) <= level,
+            tests={
+                name: DriftTest(test.statistic, test.expected, test.p_value, adjusted[name])
+                for name, test in tests.items()
+            },
+            classes=_class_shifts(predicted, free, labels, level),
+            reference_confidence=float(reference.confidence.mean()),
+            window_confidence=float(window.confidence.mean()),
+            window_rows=rows,
+            novelty=novelty,
+            novelty_distances=distances,
+            projection=_projection(pooled, sizes[0]),
+        )
 
 
 def _scaled(reference: Float32, window: Float32) -> tuple[Float64, Float64]:

@@ -11,6 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard, Panel
 from prometheus_client.parser import text_string_to_metric_families
 from ruamel.yaml import YAML
 
@@ -124,6 +127,43 @@ def test_a_dashboard_is_one(path: Path) -> None:
         assert max(x for x, _ in cells) < 24
         assert not cells & taken
         taken |= cells
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_a_dashboard_is_loaded_whole_by_grafanas_own_model(path: Path) -> None:
+    """No Grafana can be had from a package registry; what its makers publish of its schema drops what it does not know.
+
+    References:
+        grafana-foundation-sdk, generated from Grafana's own schemas.
+    """
+    register_default_plugins()
+    board = json.loads(path.read_text())
+    model = Dashboard.from_json(board)
+    assert not lost(board, json.loads(JSONEncoder().encode(model)))
+    for panel in model.panels or []:
+        assert isinstance(panel, Panel)
+        assert type(panel.options).__module__.endswith(f".models.{panel.type_val}")  # a plugin's own, no mere mapping
+        assert {type(target).__module__ for target in panel.targets or []} == {
+            "grafana_foundation_sdk.models.prometheus"
+        }
+
+
+def lost(before: Any, after: Any, where: str = "") -> list[str]:
+    """What of a JSON value is missing from another one, or otherwise there."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [each for key, value in before.items() for each in lost(value, after.get(key), f"{where}.{key}")]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [each for number, pair in pairs for each in lost(*pair, f"{where}[{number}]")]
+    return [] if before == after else [f"{where}: {before!r}, then {after!r}"]
+
+
+def test_a_dashboard_with_a_misspelt_field_is_noticed() -> None:
+    register_default_plugins()
+    board = json.loads(DASHBOARDS[0].read_text())
+    board["panels"][0]["fieldConfig"]["defaults"]["unitt"] = "s"
+    found = lost(board, json.loads(JSONEncoder().encode(Dashboard.from_json(board))))
+    assert found == [".panels[0].fieldConfig.defaults.unitt: 's', then None"]
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian: prometheus)")

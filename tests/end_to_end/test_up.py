@@ -9,156 +9,39 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
-from flows.up.settings import MARK
+from benchmarks.box import Box, free_port
 from tests.conftest import Workspace, clone, make_quick, write_digits
 from tests.end_to_end.listeners import mailbox, webhook
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-PATIENCE_S = 900.0  # of a busy machine; on a free one nothing here takes more than a minute
 CLASSES = 3
-QUICK_SCHEDULER = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"}
 SCHEDULE_AHEAD_S = 20
 
 
-@dataclass
-class Box:
-    """A workspace with a `tanuki up` that can be started and stopped."""
+class ListenedTo(Box):
+    """A box whose messages somebody keeps."""
 
-    workspace: Workspace
-    ports: tuple[int, int]
-    posted: list[dict]
-    mailed: list[tuple[str, str]]
-    notify: str
-    process: subprocess.Popen[str] | None = None
-    out: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.out = self.workspace.root.parent / "up.out"
-
-    def start(self, **settings: str) -> None:
-        command = ["up", "--port", str(self.ports[0]), "--prefect-port", str(self.ports[1])]
-        with self.out.open("w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "flows.cli", *command],
-                cwd=self.workspace.root,
-                env={**self.workspace.environment, "TANUKI_NOTIFY": self.notify, **QUICK_SCHEDULER, **settings},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        self.until(lambda: "all parts run" in self.said())
-
-    def kill(self) -> None:
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-        for process in self.processes():
-            with suppress(psutil.Error):
-                process.kill()
-
-    def stop(self) -> int:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(120)
-
-    def said(self) -> str:
-        return self.out.read_text()
-
-    def until(self, condition: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + PATIENCE_S
-        while not (found := condition()):
-            assert self.process is not None
-            assert self.process.poll() is None, self.said()
-            assert time.monotonic() < deadline, self.said()
-            time.sleep(0.25)
-        return found
-
-    def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == str(self.workspace.root):
-                    found.append(process)
-        return found
-
-    def api(self, path: str, body: dict) -> Any:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.ports[1]}/api{path}",
-            json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
-        )
-        while True:
-            try:
-                with urllib.request.urlopen(request, timeout=60) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as error:
-                if error.code != 503:  # which says that SQLite is locked, and to try again
-                    raise
-                time.sleep(1)
-
-    def runs(self, deployment: str) -> list[dict]:
-        """The runs of a deployment that have begun or should have, the first first."""
-        runs = self.api("/flow_runs/filter", {"deployments": {"name": {"any_": [deployment]}}, "limit": 200})
-        now = datetime.now(UTC)
-        begun = [run for run in runs if datetime.fromisoformat(run["expected_start_time"]) <= now]
-        return sorted(begun, key=lambda run: run["expected_start_time"])
-
-    def ended(self, deployment: str, *states: str) -> list[dict]:
-        return [run for run in self.runs(deployment) if run["state"]["name"] in states]
-
-    def deployment(self, name: str) -> dict:
-        (found,) = self.api("/deployments/filter", {"deployments": {"name": {"any_": [name]}}})
-        return found
+    def __init__(self, workspace: Workspace, posted: list[dict], mailed: list[tuple[str, str]], notify: str) -> None:
+        super().__init__(workspace.root, {**workspace.environment, "TANUKI_NOTIFY": notify})
+        self.workspace, self.posted, self.mailed = workspace, posted, mailed
 
     def schedule(self, deployment: str, at: datetime) -> None:
         """Adds a schedule, as a person would in Prefect's pages."""
         schedule = {"interval": 31536000, "anchor_date": at.isoformat(), "timezone": "UTC"}
-        self.api(
-            f"/deployments/{self.deployment(deployment)['id']}/schedules", [{"schedule": schedule, "active": True}]
-        )
-
-    def ask(self, deployment: str) -> str:
-        """Has a deployment run now; the run's id."""
-        id_: str = self.api(f"/deployments/{self.deployment(deployment)['id']}/create_flow_run", {})["id"]
-        return id_
-
-    def run(self, deployment: str) -> dict:
-        """Runs a deployment now and waits until it has ended."""
-        return self.end_of(deployment, self.ask(deployment))
-
-    def end_of(self, deployment: str, id_: str) -> dict:
-        """Waits until a run has ended."""
-
-        def ended() -> dict | None:
-            (run,) = (run for run in self.runs(deployment) if run["id"] == id_)
-            return run if run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
-
-        return self.until(ended)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        id_ = self.deployment(deployment)["id"]
+        self.api(f"/deployments/{id_}/schedules", [{"schedule": schedule, "active": True}])
 
 
 def small_set(folder: Path, start: int, stop: int) -> Path:
@@ -202,7 +85,7 @@ def postgresql() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Iterator[Box]:
+def box(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Iterator[ListenedTo]:
     folder = tmp_path_factory.mktemp("up")
     workspace = clone(folder / "workspace", prefect_home)
     make_quick(workspace)
@@ -220,7 +103,7 @@ def box(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Iterato
         hook, posted = stack.enter_context(webhook())
         smtp, mailed = stack.enter_context(mailbox())
         notify = f"{hook} mailto://127.0.0.1:{smtp}?from=tanuki@example.org&to=person@example.org&mode=insecure"
-        box = Box(workspace, (free_port(), free_port()), posted, mailed, notify)
+        box = ListenedTo(workspace, posted, mailed, notify)
         try:
             box.start()
             yield box
@@ -228,7 +111,7 @@ def box(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Iterato
             box.kill()
 
 
-def test_a_retrain_whose_worker_is_killed_goes_on_promotes_is_served_and_told_of(box: Box) -> None:
+def test_a_retrain_whose_worker_is_killed_goes_on_promotes_is_served_and_told_of(box: ListenedTo) -> None:
     box.ask("retrain")
     log = box.workspace.root / ".tanuki" / "logs" / "worker.log"
     box.until(lambda: "validate_data starts" in (log.read_text() if log.is_file() else ""))
@@ -255,7 +138,7 @@ def test_a_retrain_whose_worker_is_killed_goes_on_promotes_is_served_and_told_of
     assert "flow-run" in told[0]["body"]
 
 
-def test_the_same_again_does_nothing_and_says_so(box: Box) -> None:
+def test_the_same_again_does_nothing_and_says_so(box: ListenedTo) -> None:
     commit = box.workspace.run("git", "rev-parse", "HEAD").stdout
     # Prefect's automations see what became of a run only a quarter of an hour later, if the clock planned it less than
     # five minutes ahead: it "follows" an event that is never sent. So it is this run that the clock starts.
@@ -270,7 +153,7 @@ def test_the_same_again_does_nothing_and_says_so(box: Box) -> None:
     assert box.workspace.run("git", "rev-parse", "HEAD").stdout == commit
 
 
-def test_new_images_in_the_inbox_ask_for_one_retrain(box: Box, tmp_path: Path) -> None:
+def test_new_images_in_the_inbox_ask_for_one_retrain(box: ListenedTo, tmp_path: Path) -> None:
     small_set(tmp_path / "new", 30, 34)
     for label in range(CLASSES):
         (tmp_path / "new" / str(label)).rename(box.workspace.root / "data" / "inbox" / str(label))
@@ -283,7 +166,7 @@ def test_new_images_in_the_inbox_ask_for_one_retrain(box: Box, tmp_path: Path) -
     box.until(lambda: [each for each in box.posted if "Version 2: " in each["body"]])  # better, or not with its reason
 
 
-def test_a_stop_leaves_no_process_and_a_start_loses_no_schedule(box: Box) -> None:
+def test_a_stop_leaves_no_process_and_a_start_loses_no_schedule(box: ListenedTo) -> None:
     before = {name: box.deployment(name)["schedules"] for name in ("retrain", "ingest")}
     assert box.stop() == 0
     assert box.processes() == []
@@ -301,7 +184,7 @@ def test_a_stop_leaves_no_process_and_a_start_loses_no_schedule(box: Box) -> Non
 
 def test_with_postgresql_by_one_setting(tmp_path: Path, prefect_home: Path) -> None:
     workspace = clone(tmp_path / "workspace", prefect_home)
-    box = Box(workspace, (free_port(), free_port()), [], [], "")
+    box = ListenedTo(workspace, [], [], "")
     with postgresql() as address:
         try:
             box.start(TANUKI_DATABASE=address)

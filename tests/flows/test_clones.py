@@ -101,36 +101,6 @@ def test_what_somebody_retrained_meanwhile_stays(main: Layout) -> None:
     assert out_of_date(main) == {}
 
 
-def test_garbage_collection_takes_clones_that_have_ended_and_nothing_that_a_run_goes_on_with(main: Layout) -> None:
-    with borrow_clone(main) as clone:
-        with exclusive(main, "test"):
-            snapshot = take_snapshot(main)
-        prepare_clone(main, clone, snapshot)
-        reproduce(clone, "count", timeout_s=60)
-        at_work = collect_garbage(main, dry_run=False)
-        assert f"at work in {clone.root} and shares DVC's cache" in at_work.text()
-    killed = collect_garbage(main, dry_run=False)  # its lock is gone, its end was not noted
-    assert (killed.clones.ended, killed.cache.objects) == (0, 0)
-    assert counted_images(clone) == "10"
-    finish(clone)
-    told = collect_garbage(main, dry_run=True)
-    assert told.clones.ended == 1
-    assert clone.root.is_dir()
-    done = collect_garbage(main, dry_run=False)
-    assert "Removed 1 clones of scheduled runs that have ended" in done.text()
-    assert (done.clones, done.cache.objects) == (told.clones, 2)  # what only that run's dvc.lock named
-    assert done.clones.freed_bytes > 10_000
-    assert not clone.root.exists()
-    assert counted_with(main) == "10"
-
-
-def counted_with(main: Layout) -> str:
-    """What a run in a new clone comes to, whatever went before."""
-    with borrow_clone(main) as clone:
-        run(main, clone)
-    return counted_images(main)
-
-
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -173,3 +143,38 @@ def test_a_clone_has_the_workspaces_dvc_settings_and_its_cache(main: Layout, tmp
         assert not (clone.root / ".dvc" / "cache").exists()
     told = json.loads(workspace.dvc("data", "status", "--json").stdout or "{}")
     assert "uncommitted" not in told
+
+
+@pytest.mark.slow
+def test_garbage_collection_spares_what_a_run_works_on_or_will_go_on_with(main: Layout) -> None:
+    outputs = main.root / ".dvc" / "cache" / "files" / "md5"
+    with borrow_clone(main) as first, borrow_clone(main) as second, borrow_clone(main) as third:
+        for clone in (first, third):
+            run(main, clone)
+        write_digits(main.raw, 1, 2)
+        with exclusive(main, "test"):
+            snapshot = take_snapshot(main)
+        prepare_clone(main, second, snapshot)
+        reproduce(second, "count", timeout_s=60)  # 20 images; and then its run is killed
+        at_work = collect_garbage(main, dry_run=False)
+        assert "A scheduled run works in a clone" in at_work.text()
+    (listing,) = (file for file in outputs.rglob("*.dir") if "number" in file.read_text() and is_new(file, main))
+    told = collect_garbage(main, dry_run=True)
+    assert third.root.is_dir()
+    swept = collect_garbage(main, dry_run=False)
+    assert (swept.clones.removed, swept.clones.unfinished) == (1, (str(second.root),))
+    assert swept.clones == told.clones
+    assert swept.clones.freed_bytes > 0
+    assert (first.root.is_dir(), second.root.is_dir(), third.root.is_dir()) == (True, True, False)
+    assert listing.is_file()
+    finish(second)
+    assert collect_garbage(main, dry_run=False).clones.removed == 1
+    assert not listing.is_file()  # no clone, no commit and no version names it any more
+    with borrow_clone(main) as again:
+        run(main, again)
+        assert counted_images(again) == "20"
+
+
+def is_new(listing: Path, main: Layout) -> bool:
+    """Whether the workspace's own dvc.lock does not name it."""
+    return f"{listing.parent.name}{listing.name}" not in main.dvc_lock.read_text()

@@ -18,7 +18,7 @@ from deploy.registry import Registry
 from flows.drift_check import look_for_drift
 from flows.ingest import add_images
 from flows.label_queue import write_label_queue
-from flows.scheduled_drift import drift_signal
+from flows.scheduled_drift import drift_signal, scheduled_drift
 from flows.signals import Signal, watch
 from tasks.data.manifest import Facts, Row, rows_to_frame, write_manifest
 from tasks.drift.selection import choose_to_label
@@ -127,6 +127,16 @@ def test_another_versions_answers_are_left_out(layout: Layout, usual: Path) -> N
 def test_without_captures_the_command_says_what_to_do(layout: Layout, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--capture-dir"):
         look_for_drift(layout, tmp_path / "nowhere")
+
+
+def test_a_look_by_the_clock_before_the_first_champion_has_nothing_to_do(tmp_path: Path) -> None:
+    for name in ("params.yaml", "dvc.yaml", ".dvc/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / "data" / "captures").mkdir(parents=True)  # `tanuki up --capture-dir` makes it before the first retrain
+    state = scheduled_drift.fn(str(tmp_path))
+    assert (state.name, state.message.split(",")[0]) == ("Nothing to do", "There is no champion yet")
 
 
 def test_what_is_put_out_to_label_comes_back_as_data(layout: Layout, usual: Path, tmp_path: Path) -> None:

@@ -83,6 +83,10 @@ def test_a_wrong_address_is_refused_without_telling_its_secret(settings: UpSetti
         ("worker", "03:50:31.649 | INFO    | flows.retrain - [finetune]", "worker  [finetune]"),
         ("worker", "03:50:31.649 | ERROR   | flows.run_log - no room", "worker  ERROR: no room"),
         ("worker", "03:50:31.649 | INFO    | Flow run 'x' - View at http://127.0.0.1", None),
+        ("worker", "03:50:31.649 | ERROR   | Flow run 'x' - Engine execution exited with unexpected exception", None),
+        ("worker", "Traceback (most recent call last):", None),
+        ("worker", "prefect.exceptions.FailedRun: there is no champion yet", None),
+        ("worker", "ValueError: what nobody expected", "worker  ValueError: what nobody expected"),
         ("server", "INFO: whatever", None),
         (
             "server",
