@@ -10,8 +10,11 @@ import importlib
 import inspect
 import logging
 import os
+import select
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,7 +93,23 @@ def run_part(layout: Layout, part: "Part", params: "Params") -> None:
     """Runs cache_features on a part of the images; the report comes with the stage itself, which finds them stored."""
     from tasks import cache_features
 
+    _end_with_who_reads()
     cache_features.run_part(layout, part, features=params.features, augment=params.augment)
+
+
+def _end_with_who_reads() -> None:
+    """Ends this process as soon as nobody is left to read its output: a worker that is lost takes its part along.
+
+    The part is done again elsewhere, and what would go on here would store its rows a second time.
+    """
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(1, 0)
+        if any(event & select.POLLERR for _, event in poll.poll()):
+            os._exit(128 + signal.SIGPIPE)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_together(arguments: list[str], num_processes: int) -> int:

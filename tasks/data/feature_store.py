@@ -21,7 +21,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.files import sha256_bytes, write_bytes, write_json, write_text
+from deploy.files import sha256_bytes, write_json, write_text
 from tasks.errors import StoreError
 
 LOCK_WAIT_S = 60.0
@@ -159,17 +159,25 @@ class FeatureStore:
         Raises:
             StoreError: If a row is not finite or too large for float16.
         """
-        number = self.part.next_number(max((int(shard.path.stem) for shard in self.shards), default=0))
-        shard = Shard(self.directory / f"{number:06d}.npy", tuple(keys))
         if bad := not_storable(features):
             named = ", ".join(f"view {keys[row].view} of image {keys[row].image_sha256[:12]}" for row in bad[:20])
-            raise StoreError(f"{shard.path}: {len(bad)} features are not finite in float16: {named}.")
+            raise StoreError(f"{self.directory}: {len(bad)} features are not finite in float16: {named}.")
         data = io.BytesIO()  # of a full disk numpy itself would tell neither that nor where
         np.save(data, np.ascontiguousarray(features, dtype=np.float16), allow_pickle=False)
-        write_bytes(shard.path, data.getvalue())
-        index = {"sha256": _digest(shard), "rows": [list(key) for key in keys]}
+        shard = Shard(self._write_under_a_free_number(data.getvalue()), tuple(keys))
+        index = {"sha256": _digest(data.getvalue(), shard.keys), "rows": [list(key) for key in keys]}
         write_text(_index_path(shard.path), json.dumps(index, separators=(",", ":")) + "\n")
         self._register(shard)
+
+    def _write_under_a_free_number(self, data: bytes) -> Path:
+        """The path of a new features file; never another's, should two processes add the same part at once."""
+        number = max((int(shard.path.stem) for shard in self.shards), default=0)
+        while True:
+            number = self.part.next_number(number)
+            path = self.directory / f"{number:06d}.npy"
+            with suppress(FileExistsError):
+                _write_new(path, data)
+                return path
 
     def keep_only(self, images: Set[str]) -> None:
         """Forgets the rows of all other images; where a shard holds both, what stays is written anew first.
@@ -272,7 +280,7 @@ def adding(root: Path, space: Space, part: Part, *, wait_s: float = LOCK_WAIT_S)
     Args:
         root: The folder of all spaces.
         space: Which.
-        part: Two processes must not add the same one at the same time.
+        part: Whose numbers are used; should two processes add the same one at once, rows may be stored twice.
         wait_s: How long to wait for a process that has the space alone, in seconds.
 
     Raises:
@@ -349,7 +357,7 @@ def _read_shard(index_path: Path, feature_dim: int) -> Shard | None:
     try:
         index = json.loads(index_path.read_bytes())
         shard = Shard(index_path.with_suffix(".npy"), tuple(Key(*row) for row in index["rows"]))
-        if _digest(shard) != index["sha256"]:
+        if _digest(shard.path.read_bytes(), shard.keys) != index["sha256"]:
             return None
         features = np.load(shard.path, mmap_mode="r", allow_pickle=False)
     except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError):
@@ -357,10 +365,9 @@ def _read_shard(index_path: Path, feature_dim: int) -> Shard | None:
     return shard if features.shape == (len(shard.keys), feature_dim) and features.dtype == np.float16 else None
 
 
-def _digest(shard: Shard) -> str:
-    """Over the features and the keys: neither can change alone."""
-    keys = "\n".join(f"{key.image_sha256} {key.view}" for key in shard.keys)
-    return sha256_bytes(shard.path.read_bytes() + keys.encode())
+def _digest(data: bytes, keys: Iterable[Key]) -> str:
+    """Over the features file and the keys: neither can change alone."""
+    return sha256_bytes(data + "\n".join(f"{key.image_sha256} {key.view}" for key in keys).encode())
 
 
 def _sweep(store: FeatureStore) -> None:
@@ -376,6 +383,22 @@ def _remove(features_path: Path) -> None:
     """Takes a shard out, its index first, so that a kill between the two leaves a stray and no broken shard."""
     _index_path(features_path).unlink(missing_ok=True)
     features_path.unlink(missing_ok=True)
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Writes a file that is not there yet; a kill leaves a part of it, and no index, so that it does not count.
+
+    Raises:
+        FileExistsError: If it is there.
+    """
+    with path.open("xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def _index_path(features_path: Path) -> Path:

@@ -453,6 +453,33 @@ class TestParts:
         with writing(tmp_path, SPACE) as store:
             np.testing.assert_array_equal(store.gather(keys_of(2))[:, 0], [1, 2])
 
+    def test_a_part_that_two_processes_add_at_once_loses_no_row(self, tmp_path: Path) -> None:
+        part = Part(2, 3)
+        with adding(tmp_path, SPACE, part) as first, adding(tmp_path, SPACE, part) as second:
+            first.append(keys_of(2), np.full((2, 3), 1.0))
+            second.append(keys_of(2, start=1), np.full((2, 3), 2.0))
+            first.append(keys_of(1, start=3), np.full((1, 3), 3.0))
+        store = open_store(tmp_path, SPACE)
+        assert [shard.path.stem for shard in store.shards] == ["000001", "000004", "000007"]
+        np.testing.assert_array_equal(store.gather(keys_of(4))[:, 0], [1, 2, 2, 3])
+
+    def test_a_part_ends_with_who_reads_what_it_says(self, layout: Layout, repository: Path) -> None:
+        put_params(layout, repository)
+        put_images(layout, {"ant": 1200}, start=100)
+        put_manifest(layout)
+        part = part_process(layout, repository, "1/1", stdout=subprocess.PIPE)
+        while not list(layout.features_dir.rglob("[0-9]*.json")):
+            assert part.poll() is None
+            time.sleep(0.01)
+        assert part.stdout is not None
+        part.stdout.close()
+        assert part.wait(timeout=60) == 128 + signal.SIGPIPE
+        survived = len(store_of(layout))
+        assert survived >= cache_features.COMMIT_ROWS
+        report = run(layout)
+        assert (report.reused, report.stale) == (survived, 0)
+        assert report.extracted > 0, "it ended too late to test anything"
+
     def test_a_part_that_does_not_exist_is_wrong_usage(self, layout: Layout, repository: Path) -> None:
         for words in (["cache_features", "--part", "3/2"], ["train_head", "--part", "1/2"]):
             command = [sys.executable, "-m", "tasks", *words, "--root", str(layout.root)]
@@ -479,9 +506,11 @@ def put_params(layout: Layout, repository: Path) -> None:
     yaml.dump(values, layout.params)
 
 
-def part_process(layout: Layout, repository: Path, part: str) -> "subprocess.Popen[bytes]":
+def part_process(
+    layout: Layout, repository: Path, part: str, *, stdout: int | None = None
+) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "tasks", "cache_features", "--part", part, "--root", str(layout.root)]
-    return subprocess.Popen(command, cwd=repository, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, cwd=repository, stdout=stdout, stderr=subprocess.DEVNULL)
 
 
 def shift_stored_features(layout: Layout, factor: float, *, only: int | None = None) -> None:
