@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tasks.data.splits import Split
@@ -57,7 +58,7 @@ class Listing:
     skipped: tuple[tuple[str, str], ...]
     empty_classes: tuple[str, ...]
 
-    @property
+    @cached_property  # asked for each row of a manifest
     def official_splits(self) -> frozenset[Split]:
         return frozenset(image.split for image in self.images if image.split is not None)
 

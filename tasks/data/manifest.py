@@ -174,15 +174,9 @@ def read_groups(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
         OSError, ValueError: See `DAMAGE`; at the end at the latest, so nothing may be believed before.
     """
     with pq.ParquetFile(path) as parquet:
-        metadata = parquet.metadata.metadata or {}
-        if metadata.get(VERSION_KEY) != str(FACTS_VERSION).encode():
-            return
-        digest = hashlib.sha256()
-        for group in range(parquet.num_row_groups):
-            table = parquet.read_row_group(group).cast(SCHEMA)
-            _add_to_digest(digest, table)
-            yield table.select(list(columns))
-        _check_digest(metadata, digest)
+        if (parquet.metadata.metadata or {}).get(VERSION_KEY) == str(FACTS_VERSION).encode():
+            for table in _checked_groups(parquet):
+                yield table.select(list(columns))
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -191,12 +185,18 @@ def _read_table(path: Path) -> pa.Table:
     Raises:
         OSError, ValueError: See `DAMAGE`.
     """
-    table = pq.read_table(path, schema=SCHEMA)
+    with pq.ParquetFile(path) as parquet:
+        return pa.concat_tables([SCHEMA.empty_table(), *_checked_groups(parquet)])
+
+
+def _checked_groups(parquet: pq.ParquetFile) -> Iterator[pa.Table]:
+    """The groups that a file has, of however many rows; raises ValueError at the end if they have not its digest."""
     digest = hashlib.sha256()
-    for start in range(0, table.num_rows, ROWS_PER_GROUP):
-        _add_to_digest(digest, table.slice(start, ROWS_PER_GROUP))
-    _check_digest(pq.read_metadata(path).metadata or {}, digest)
-    return table
+    for group in range(parquet.num_row_groups):
+        table = parquet.read_row_group(group).cast(SCHEMA)
+        _add_to_digest(digest, table)
+        yield table
+    _check_digest(parquet.metadata.metadata or {}, digest)
 
 
 def _check_digest(metadata: Mapping[bytes, bytes], digest: "hashlib._Hash") -> None:

@@ -4,6 +4,7 @@ import io
 import resource
 import shutil
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from deploy.files import sha256_bytes
 from tasks import index_images as stage
 from tasks.data import manifest
 from tasks.data.facts import image_facts, reduced
+from tasks.data.image_files import ImageFile, Listing
 from tasks.data.known_facts import KnownFacts
 from tasks.data.manifest import (
     SCHEMA,
@@ -432,6 +434,31 @@ def test_a_manifest_of_several_groups_is_the_same_rows_and_known_again(
     written = layout.images.read_bytes()
     write_manifest(layout.images, frame)
     assert layout.images.read_bytes() == written
+
+
+@pytest.mark.parametrize(("written", "now"), [(7, 8192), (8192, 7)])
+def test_a_manifest_is_whole_whatever_number_of_rows_its_groups_have(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, written: int, now: int
+) -> None:
+    """Once a manifest was one group of up to 2^20 rows, with one digest of them."""
+    for module in (stage, manifest):
+        monkeypatch.setattr(module, "ROWS_PER_GROUP", written)
+    index(layout)
+    for module in (stage, manifest):
+        monkeypatch.setattr(module, "ROWS_PER_GROUP", now)
+    assert len(read_manifest(layout.images)) == 40
+    assert index(layout).reused == 40
+
+
+def test_rows_cost_the_same_each_however_many_there_are() -> None:
+    """Each once looked through the whole set for official splits: 20,000 rows took 17 s."""
+    number = 20_000
+    images = tuple(ImageFile(f"cat/{place:05d}.png", "cat", None) for place in range(number))
+    facts = [Facts(f"{place:064x}", 1, group=f"{place:016x}") for place in range(number)]
+    start = time.process_time()
+    rows = list(stage._rows(Listing(images, (), ()), facts, seed=0, val_fraction=0.2, test_fraction=0.2))
+    assert len(rows) == number
+    assert time.process_time() - start < 5
 
 
 def test_a_killed_run_goes_on_where_it_stopped(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
