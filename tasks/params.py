@@ -113,6 +113,7 @@ class TrainHeadParams(Section):
     folds: Annotated[int, Field(ge=2, le=20)]
     max_iterations: Positive
     holdout_above: Positive
+    logit_adjustment: Annotated[float, Field(ge=0, le=2)] | Auto
 
 
 class AdversarialParams(Section):

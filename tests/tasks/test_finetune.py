@@ -38,6 +38,7 @@ from tasks.training.augmented import PixelSource
 from tasks.training.boundary import CachedBoundary, RecomputedBoundary, open_boundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile
 from tasks.training.ema import Ema
+from tasks.training.logit_adjustment import class_shift
 from tasks.training.schedule import (
     EPOCHS_ABOVE,
     MIN_STEPS,
@@ -352,6 +353,33 @@ def test_a_stage_that_helps_is_kept_and_only_moves_what_it_may(layout: Layout, r
     labels = np.array([head.labels.index(label) for label in rows["label"]])
     logits = head.logits(embed(layout, network, rows["path"].tolist()))
     assert negative_log_likelihood(logits, labels).mean() == pytest.approx(report.val_nll_after, rel=1e-3)
+
+
+def test_an_adjusted_probe_is_tuned_without_its_adjustment_and_has_it_again_in_the_end(
+    layout: Layout, repository: Path
+) -> None:
+    head = read_head(layout.head_dir)
+    rows = read_manifest(layout.accepted)
+    shift = class_shift([int(((rows["split"] == "train") & (rows["label"] == each)).sum()) for each in head.labels], 1)
+    adjusted = dataclasses.replace(head, bias=head.bias + 20 * shift)
+    write_head(layout.head_dir, adjusted, {"logit_adjustment": 20.0})
+    report = run(layout, repository, stages=("top",))
+    assert report.kept == ("top",)
+    assert report.logit_adjustment == 20
+    val = rows[rows["split"] == "val"]
+    labels = np.array([head.labels.index(label) for label in val["label"]])
+    card = read_card(layout.backbone_card)
+    network = build_network(card.architecture, depths=card.depths)
+
+    def nll(head: Head, weights: Path) -> float:
+        network.load_trunk(load_file(weights))
+        logits = head.logits(embed(layout, network, val["path"].tolist()))
+        return float(negative_log_likelihood(logits, labels).mean())
+
+    assert nll(head, layout.backbone_weights) == pytest.approx(report.val_nll_before, rel=1e-3)
+    ships = read_head(layout.finetuned_dir)
+    plain = dataclasses.replace(ships, bias=ships.bias - 20 * shift)
+    assert nll(plain, layout.finetuned_dir / "network.safetensors") == pytest.approx(report.val_nll_after, rel=1e-3)
 
 
 def test_noise_for_labels_leaves_the_probe_as_it_is(layout: Layout, repository: Path) -> None:
