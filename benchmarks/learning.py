@@ -39,10 +39,10 @@ from safetensors.torch import load_file
 from scipy.stats import t as student_t
 from torch import nn
 
-from benchmarks.adversarial import classifier
 from deploy.machine import available_cores
 from tasks import finetune, train_head
 from tasks.__main__ import run_stage
+from tasks.attack import classifier
 from tasks.data.features import load_features
 from tasks.data.manifest import read_manifest, write_manifest
 from tasks.data.views import view_names

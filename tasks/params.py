@@ -244,6 +244,12 @@ class PretrainParams(Section):
     min_area_fraction: Annotated[float, Field(gt=0, le=1)]
 
 
+class AttackParams(Section):
+    """Attacking what ships."""
+
+    images: Positive
+
+
 class DriftParams(Section):
     """Comparing what production sees with the test images."""
 
@@ -274,6 +280,7 @@ class Params(Section):
     gate: GateParams
     pretrain: PretrainParams
     drift: DriftParams
+    attack: AttackParams
 
 
 def load_params(path: Path) -> Params:
