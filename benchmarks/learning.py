@@ -1,13 +1,21 @@
-"""What each way to learn reaches on real photos, and what caching the frozen part saves.
+"""What each way to learn reaches on real photos, and what keeping the frozen part's output saves.
 
-    python -m benchmarks.learning trashnet6_dev squeezenet1_1 --seeds 5 --results results.jsonl
+    python -m benchmarks.learning trashnet6_dev squeezenet1_1 --only probe top --seeds 5 --results learning.jsonl
 
-runs, for each seed (of the splits and of every draw), the stages up to the probe in a temporary workspace on a photo
-set and ImageNet weights of $TANUKI_MATERIAL, then fine-tuning of the top layers and of all but the stem, and appends a
-line to the results: accuracy on the test images of class prototypes, probe, top and full; seconds; and what the
-training of the top layers would have taken with the frozen part computed in every epoch (torch, float32, channels
-last: what tutorials do, a little faster), from timed batches. A seed that is in the results is not run again. It then
-prints the table of all results: means, their range, and the mean paired difference to the probe with its interval.
+takes a photo set and ImageNet weights of $TANUKI_MATERIAL and, for each seed (of the splits and of every draw), runs
+the stages up to the probe, then each way that is asked for, and appends a line a way to the results:
+
+- prototypes, probe: from stored features.
+- imbalance: the probe with every other class cut to a tenth of its training images, without and with logit adjustment.
+- top, full: fine-tuning of the top layers, of all but the stem.
+- adversarial: after the probe, against attacks; accuracy on test images, clean and under PGD-20.
+
+The training of the top layers is also timed as tutorials write it: pictures decoded and cropped anew and the frozen
+part run in eager float32, in every step. A few such steps and a validation pass are timed, for as many of both as the
+stage did; processor seconds, because the machine may have other work. A set with official test images keeps those;
+validation images are drawn anew by each seed. What is in the results is not run again, and after --minutes nothing new
+is begun, so a long run can be taken in pieces. At the end it prints the table of all results: means over the seeds,
+their range, and the mean paired difference to the probe with its Student interval.
 """
 
 from __future__ import annotations
@@ -17,117 +25,232 @@ import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from scipy.stats import t as student_t
+from torch import nn
 
 from deploy.machine import available_cores
-from tasks import finetune
+from tasks import finetune, train_head
 from tasks.__main__ import run_stage
+from tasks.attack import classifier
 from tasks.data.features import load_features
-from tasks.data.manifest import read_manifest
+from tasks.data.manifest import read_manifest, write_manifest
+from tasks.data.views import view_names
+from tasks.evaluation.metrics import accuracy_of
 from tasks.layout import Layout
+from tasks.models.architectures import build_network
 from tasks.models.backbone_card import read_card
 from tasks.models.head import Head, read_head
 from tasks.params import Params, load_params
+from tasks.training.adversarial import answered_rightly, fixed_rows, robustness_attacks
+from tasks.training.augmented import LabelledPixels
+from tasks.training.linear_probe import mean_recall
 from tasks.training.prototypes import class_prototypes
-from tasks.training.staged import deterministic_torch, logits_of
+from tasks.training.staged import batched, deterministic_torch, logits_of
 
 BEFORE = ("fetch_backbone", "index_images", "validate_data", "cache_features", "train_head")
-WAYS = {"top": ("top",), "full": ("top", "rest")}
+STAGES = {"top": ("top",), "full": ("top", "rest"), "adversarial": ("adversarial",)}
+WAYS = ("prototypes", "probe", "imbalance", *STAGES)
+CUT = 10  # what is left of every other class: one in so many
+TIMED_STEPS = 6
 CONFIDENCE = 0.95
 
+Facts = dict[str, Any]
 
-def run_seed(photos: Path, weights: Path, architecture: str, seed: int, params: Params) -> dict[str, Any]:
-    """One line of the results."""
-    backbone = params.backbone.model_copy(update={"source": f"file:{weights}", "architecture": architecture})
-    changes: dict[str, Any] = {"seed": seed, "backbone": backbone}
-    changes["augment"] = params.augment.model_copy(update={"hflip": True})
-    changes["features"] = params.features.model_copy(update={"depths": 1})
-    params = params.model_copy(update=changes)
+
+def lay_out(photos: Path, raw: Path) -> None:
+    """Copies a set; official validation images join the training ones, so that each seed draws its own from both."""
+    for path in sorted(photos.rglob("*")):
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
+            split, *rest = path.relative_to(photos).parts
+            target = raw / {"val": "train"}.get(split, split) / Path(*rest[:-1]) / f"{split}-{path.name}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+
+
+def settings_of(weights: Path, architecture: str, seed: int, epochs: int | None, images: int) -> Params:
+    """params.yaml with what photos want."""
+    params = load_params(Path("params.yaml"))
+    adversarial = params.finetune.adversarial.model_copy(update={"val_images": images})
+    if epochs:
+        adversarial = adversarial.model_copy(update={"epochs": epochs})
+    changes: Facts = {
+        "seed": seed,
+        "backbone": params.backbone.model_copy(update={"source": f"file:{weights}", "architecture": architecture}),
+        "augment": params.augment.model_copy(update={"hflip": True}),
+        "features": params.features.model_copy(update={"depths": 1, "views": 2}),
+        "finetune": params.finetune.model_copy(update={"adversarial": adversarial}),
+    }
+    return params.model_copy(update=changes)
+
+
+def run_way(layout: Layout, params: Params, way: str) -> Facts:
+    """What a way came to; the stages up to the probe have run."""
+    if way in STAGES:
+        return _tuned(layout, params, way)
+    if way == "imbalance":
+        return _imbalance(layout, params)
+    card, images = read_card(layout.backbone_card), read_manifest(layout.accepted)
+    train, test = images[images["split"] == "train"], images[images["split"] == "test"]
+    head, seconds = read_head(layout.head_dir), json.loads(layout.times("train_head").read_text())["seconds"]
+    if way == "prototypes":
+        began = time.perf_counter()
+        head = class_prototypes(load_features(layout.features_dir, card, list(train["sha256"])), list(train["label"]))
+        seconds = time.perf_counter() - began
+    logits = head.logits(load_features(layout.features_dir, card, list(test["sha256"])))
+    facts = {"num_train": len(train), "num_val": int((images["split"] == "val").sum()), "num_test": len(test)}
+    return {**facts, "accuracy": _right(head, logits, list(test["label"])).mean(), "seconds": seconds}
+
+
+def _imbalance(layout: Layout, params: Params) -> Facts:
+    """Balanced accuracy on the test images after uneven training, without adjustment and with."""
+    card, images = read_card(layout.backbone_card), read_manifest(layout.accepted)
+    test = images[images["split"] == "test"]
+    cut = sorted(images["label"].unique())[::2]
+    left_out = (images["split"] == "train") & images["label"].isin(cut)
+    left_out &= images.groupby(["split", "label"]).cumcount() % CUT != 0
+    features = load_features(layout.features_dir, card, list(test["sha256"]))
+    facts: Facts = {}
     with tempfile.TemporaryDirectory() as folder:
-        layout = Layout(Path(folder))
-        layout.raw.parent.mkdir(parents=True)
-        layout.raw.symlink_to(photos)
-        for stage in BEFORE:
-            run_stage(stage, layout, params)
-        facts: dict[str, Any] = {"seed": seed, **_frozen(layout)}
-        for name, stages in WAYS.items():
-            settings = params.finetune.model_copy(update={"stages": stages})
-            began = time.perf_counter()
-            report = finetune.run(layout, seed=seed, augment=params.augment, finetune=settings)
-            facts[f"{name}_s"] = time.perf_counter() - began
-            facts[name] = _tuned(layout, params) if report.kept else facts["probe"]
-            facts[f"{name}_kept"] = list(report.kept)
-            times = json.loads(layout.times("finetune").read_text())["stages"]
-            if name == "top" and times:
-                facts["top_stage_s"], predicted = times[0]["seconds"], times[0]["predicted_s"]
-                facts["recomputed_s"] = predicted["recomputed"]
+        uneven = Layout(Path(folder))
+        for name in ("backbone_dir", "features_dir"):
+            getattr(uneven, name).parent.mkdir(parents=True, exist_ok=True)
+            getattr(uneven, name).symlink_to(getattr(layout, name))
+        write_manifest(uneven.accepted, images[~left_out])
+        for strength in (0.0, 1.0):
+            settings = params.train_head.model_copy(update={"logit_adjustment": strength})
+            work = {"augment": params.augment, "features": params.features, "gate": params.gate}
+            report = train_head.run(uneven, seed=params.seed, train_head=settings, **work)
+            head = read_head(uneven.head_dir)
+            targets = np.array([head.labels.index(label) for label in test["label"]], np.intp)
+            facts[f"balanced_{strength:g}"] = mean_recall(head.logits(features), targets)
+    return {**facts, "class_ratio": report.class_ratio}
+
+
+def _tuned(layout: Layout, params: Params, way: str) -> Facts:
+    """Fine-tunes and answers the test images with what ships."""
+    settings = params.finetune.model_copy(update={"stages": STAGES[way]})
+    began, began_cpu = time.perf_counter(), time.process_time()
+    report = finetune.run(layout, seed=params.seed, augment=params.augment, finetune=settings)
+    facts: Facts = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - began_cpu}
+    facts |= {"kept": list(report.kept), "reasons": [stage.reason for stage in report.stages]}
+    weights, head_dir = layout.backbone_weights, layout.head_dir
+    if report.kept:
+        weights, head_dir = layout.finetuned_dir / finetune.NETWORK_NAME, layout.finetuned_dir
+    head, data = read_head(head_dir), _test_pixels(layout, params)
+    network = finetune._load_network(layout, read_card(layout.backbone_card))
+    network.load_trunk(load_file(weights))
+    with deterministic_torch(available_cores()):
+        logits = logits_of(network, head, data.pixels, params.finetune.batch_size)
+        facts["accuracy"] = float((logits.argmax(axis=1) == data.labels).mean())
+        if way == "adversarial":
+            facts |= _attacked(layout, params, data, {"probe": layout.backbone_weights, "adversarial": weights})
+    if way == "top" and report.stages[0].steps:
+        facts |= _as_tutorials_do(layout, params, report.stages[0].steps, report.stages[0].epochs)
     return facts
 
 
-def _frozen(layout: Layout) -> dict[str, float]:
-    """Accuracy of prototypes and probe on the test images, from stored features, and seconds of the probe."""
-    card, images = read_card(layout.backbone_card), read_manifest(layout.accepted)
-    train, test = images[images["split"] == "train"], images[images["split"] == "test"]
-    features = {
-        split: load_features(layout.features_dir, card, list(rows["sha256"]))
-        for split, rows in (("train", train), ("test", test))
-    }
-    heads = {
-        "prototypes": class_prototypes(features["train"], list(train["label"])),
-        "probe": read_head(layout.head_dir),
-    }
-    found = {name: _accuracy(head, head.logits(features["test"]), list(test["label"])) for name, head in heads.items()}
-    times = json.loads(layout.times("train_head").read_text())
-    return {"num_train": len(train), "num_test": len(test), "probe_s": times["seconds"], **found}
+def _attacked(layout: Layout, params: Params, data: LabelledPixels, networks: Mapping[str, Path]) -> Facts:
+    """Accuracy of probe and hardened network on the same test images, clean, under FGSM and PGD-20."""
+    settings, facts = params.finetune.adversarial, Facts()
+    rows = fixed_rows(data, settings.val_images)
+    for name, weights in networks.items():
+        model = classifier(layout, weights, layout.head_dir if name == "probe" else layout.finetuned_dir)
+        attacks = robustness_attacks(model, settings.epsilon / 255)
+        right = answered_rightly(model, data, rows, attacks, seed=(0,), batch_size=params.finetune.batch_size)
+        facts[f"under_attack_{name}"] = {
+            attack: [round(value, 3) for value in vars(accuracy_of(each, CONFIDENCE)).values()]
+            for attack, each in right.items()
+        }
+    return {**facts, "epsilon": settings.epsilon, "num_attacked": len(rows)}
 
 
-def _tuned(layout: Layout, params: Params) -> float:
-    """Accuracy of the tuned network on the test images."""
-    card, head = read_card(layout.backbone_card), read_head(layout.finetuned_dir)
-    network = finetune._load_network(layout, card)
-    network.load_trunk(load_file(layout.finetuned_dir / finetune.NETWORK_NAME))
-    images = read_manifest(layout.accepted)
-    test = images[images["split"] == "test"]
-    sessions = finetune._open_preprocessing(layout, card)
-    data = finetune._labelled(layout, test, head, sessions, ("centre",), params.augment)
+def _as_tutorials_do(layout: Layout, params: Params, steps: int, epochs: int) -> Facts:
+    """Processor seconds of as many steps and validation passes, timed on a few; the frozen part in eager float32."""
+    card, head, images = read_card(layout.backbone_card), read_head(layout.head_dir), read_manifest(layout.accepted)
+    train, val = (images[images["split"] == split] for split in ("train", "val"))
+    views = view_names(params.finetune.views, params.augment.hflip)
+    sessions, size = finetune._open_preprocessing(layout, card), params.finetune.batch_size
+    data = finetune._labelled(layout, train, head, sessions, views, params.augment)
+    network = build_network(card.architecture, depths=card.depths)
+    network.load_trunk(load_file(layout.backbone_weights))
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    moving = network.group_parameters(network.num_groups - 1)
+    linear = nn.Linear(network.feature_dim, len(head.labels))
+    for parameter in moving:
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.AdamW([*moving, *linear.parameters()], lr=0.0)
+    batches = batched([(row % len(train), row % len(views)) for row in range(size * (1 + TIMED_STEPS))], size)
     with deterministic_torch(available_cores()):
-        logits = logits_of(network, head, data.pixels, params.finetune.batch_size)
-    return _accuracy(head, logits, list(test["label"]))
+        for some in (batches[:1], batches[1:]):  # the first one warms up
+            began = time.process_time()
+            for batch, pixels in zip(some, data.pixels.batches(some), strict=True):
+                labels = torch.from_numpy(data.labels[[row for row, _ in batch]])
+                loss = nn.functional.cross_entropy(linear(network(torch.from_numpy(pixels))), labels)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        step_s, began = (time.process_time() - began) / TIMED_STEPS, time.process_time()
+        few = batched([(row, 0) for row in range(min(4 * size, len(train)))], size)
+        with torch.no_grad():
+            for pixels in data.pixels.batches(few):
+                linear(network(torch.from_numpy(pixels)))
+        val_s = (time.process_time() - began) / sum(map(len, few)) * len(val)
+    return {"tutorial_cpu_s": steps * step_s + epochs * val_s, "steps": steps, "epochs": epochs}
 
 
-def _accuracy(head: Head, logits: NDArray[np.float32], labels: Sequence[str]) -> float:
-    return float((np.array(head.labels, np.str_)[logits.argmax(axis=1)] == np.array(labels, np.str_)).mean())
+def _test_pixels(layout: Layout, params: Params) -> LabelledPixels:
+    card, head, images = read_card(layout.backbone_card), read_head(layout.head_dir), read_manifest(layout.accepted)
+    sessions = finetune._open_preprocessing(layout, card)
+    return finetune._labelled(layout, images[images["split"] == "test"], head, sessions, ("centre",), params.augment)
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
+def _right(head: Head, logits: NDArray[np.float32], labels: Sequence[str]) -> NDArray[np.bool_]:
+    right: NDArray[np.bool_] = np.array(head.labels, np.str_)[logits.argmax(axis=1)] == np.array(labels, np.str_)
+    return right
+
+
+def table(lines: Sequence[Facts]) -> str:
     """All results of one set and model."""
-    rows = [f"| {len(lines)} seeds | accuracy | range | points to the probe | seconds |", "|---|---|---|---|---|"]
-    for name in ("prototypes", "probe", *WAYS):
-        values = np.array([line[name] for line in lines])
-        seconds = np.median([line.get(f"{name}_s", 0.0) for line in lines])
-        difference = _interval(100 * (values - np.array([line["probe"] for line in lines])))
-        told = "–" if name == "probe" else difference
+    by_way: dict[str, dict[int, Facts]] = {way: {} for way in WAYS}
+    for line in lines:
+        by_way[line["way"]][line["seed"]] = line
+    rows = ["| | seeds | accuracy | range | points to the probe | seconds | kept |", "|---|---|---|---|---|---|---|"]
+    for way in ("prototypes", "probe", *STAGES):
+        found = by_way[way]
+        if not found:
+            continue
+        values = np.array([each["accuracy"] for each in found.values()])
+        pairs = [each["accuracy"] - by_way["probe"][seed]["accuracy"] for seed, each in found.items()]
+        kept = f"{sum(bool(each['kept']) for each in found.values())} of {len(found)}" if way in STAGES else ""
+        told = "" if way == "probe" else _interval(100 * np.array(pairs))
+        seconds = np.median([each["seconds"] for each in found.values()])
         rows.append(
-            f"| {name} | {values.mean():.3f} | {values.min():.3f} to {values.max():.3f} | {told} | {seconds:.1f} |"
+            f"| {way} | {len(found)} | {values.mean():.3f} | {values.min():.3f} to {values.max():.3f} | {told} "
+            f"| {seconds:.1f} | {kept} |"
         )
-    ratios = [line["recomputed_s"] / line["top_stage_s"] for line in lines if "recomputed_s" in line]
-    kept = {name: sum(bool(line[f"{name}_kept"]) for line in lines) for name in WAYS}
-    rows.append("")
-    rows.append(f"Kept: {', '.join(f'{name} {number} of {len(lines)}' for name, number in kept.items())}.")
+    ratios = [each["tutorial_cpu_s"] / each["cpu_s"] for each in by_way["top"].values() if "tutorial_cpu_s" in each]
     if ratios:
-        rows.append(
-            f"Top layers: {np.median(ratios):.1f} times as fast as with the frozen part in every epoch "
-            f"({min(ratios):.1f} to {max(ratios):.1f}), validation included."
-        )
+        rows += ["", f"Top layers: {np.median(ratios):.1f} times less processor time than as tutorials write it "]
+        rows[-1] += f"({min(ratios):.1f} to {max(ratios):.1f}, {len(ratios)} seeds), reading and validation included."
+    if uneven := by_way["imbalance"].values():
+        before, after = (np.array([each[f"balanced_{strength}"] for each in uneven]) for strength in (0, 1))
+        rows += ["", f"Uneven classes ({next(iter(uneven))['class_ratio']:.0f} to 1): balanced accuracy "]
+        rows[-1] += f"{before.mean():.3f}, adjusted {after.mean():.3f}: {_interval(100 * (after - before))} points."
+    for each in by_way["adversarial"].values():
+        rows += ["", f"Seed {each['seed']}, epsilon {each['epsilon']:g}/255, {each['num_attacked']} test images:"]
+        rows += [f"{name}: {each[f'under_attack_{name}']}" for name in ("probe", "adversarial")]
     return "\n".join(rows)
 
 
@@ -144,31 +267,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("set", help="a folder of datasets/")
     parser.add_argument("architecture", help="mobilenet_v2 or squeezenet1_1")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after these nothing new is begun")
+    parser.add_argument("--adversarial-epochs", type=int, help="default: as in params.yaml")
+    parser.add_argument("--attacked", type=int, default=128, help="images that are attacked")
+    parser.add_argument("--workspace", type=Path, help="keeps features from run to run; default: a temporary folder")
     parser.add_argument("--results", type=Path, default=Path("learning.jsonl"))
     arguments = parser.parse_args()
+    began = time.perf_counter()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tasks").setLevel(logging.INFO)
     material = Path(os.environ.get("TANUKI_MATERIAL", "../shared/material")).resolve()
-    photos, weights = (
-        material / "datasets" / arguments.set,
-        material / "weights" / f"{arguments.architecture}_imagenet1k.safetensors",
-    )
+    weights = material / "weights" / f"{arguments.architecture}_imagenet1k.safetensors"
     what = {"set": arguments.set, "architecture": arguments.architecture}
-    known = (
-        [json.loads(line) for line in arguments.results.read_text().splitlines()] if arguments.results.exists() else []
-    )
-    lines = [line for line in known if what.items() <= line.items()]
-    for seed in range(arguments.seeds):
-        if seed not in {line["seed"] for line in lines}:
-            lines.append(
-                what | run_seed(photos, weights, arguments.architecture, seed, load_params(Path("params.yaml")))
+    known = arguments.results.read_text().splitlines() if arguments.results.exists() else []
+    lines = [line for line in map(json.loads, known) if what.items() <= line.items()]
+    ways = [way for way in WAYS if way in arguments.only or way == "probe"]
+    with tempfile.TemporaryDirectory() as folder:
+        root = (arguments.workspace or Path(folder)) / f"{arguments.set}-{arguments.architecture}"
+        layout = Layout(root.resolve())
+        if not layout.raw.exists():
+            lay_out(material / "datasets" / arguments.set, layout.raw)
+        for seed in range(arguments.seeds):
+            missing = [way for way in ways if (way, seed) not in {(line["way"], line["seed"]) for line in lines}]
+            params = settings_of(
+                weights, arguments.architecture, seed, arguments.adversarial_epochs, arguments.attacked
             )
-            with arguments.results.open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-    sizes = f"{lines[0]['num_train']} training and {lines[0]['num_test']} test images"
-    print(f"{arguments.set}, {arguments.architecture}, {sizes}\n")
-    print(table(lines))
+            for number, way in enumerate(missing):
+                if time.perf_counter() - began > 60 * arguments.minutes:
+                    break
+                for stage in BEFORE if number == 0 else ():
+                    if not (stage == "fetch_backbone" and layout.backbone_card.exists()):
+                        run_stage(stage, layout, params)
+                lines.append({**what, "way": way, "seed": seed, **run_way(layout, params, way)})
+                with arguments.results.open("a") as file:
+                    file.write(json.dumps(lines[-1]) + "\n")
+    if lines:
+        first = next(line for line in lines if line["way"] == "probe")
+        sizes = ", ".join(f"{first[f'num_{split}']} {split}" for split in ("train", "val", "test"))
+        print(f"{arguments.set}, {arguments.architecture}, {sizes} images (seed 0), {available_cores()} cores\n")
+        print(table(lines))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def main() -> None:
         wrong = labels.copy()
         wrong[flipped] = [random.choice(names[names != label]) for label in labels[flipped]]
         start = time.perf_counter()
-        path = {"min_log10_c": -4.0, "max_log10_c": 2.0, "num_c": 7, "holdout_above": 5000}
+        path = {"min_log10_c": -4.0, "max_log10_c": 2.0, "num_c": 7, "holdout_above": 5000, "adjustment": 0.0}
         fit = {"seed": 0, "folds": FOLDS, "max_iterations": MAX_ITERATIONS}
         log10_c = fit_probe(features[None], wrong.tolist(), groups, classes=names.tolist(), **path, **fit).log10_c
         judged, classes, probabilities = out_of_fold_probabilities(

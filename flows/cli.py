@@ -22,7 +22,7 @@ from rich.table import Table
 from deploy.errors import TanukiError
 from deploy.json_log import JsonFormatter
 from flows.commands import operate, production
-from flows.commands.learning import compare, pretrained_app
+from flows.commands.learning import attack, compare, pretrained_app
 from flows.workspace import exclusive, find_workspace, track_raw
 from tasks.layout import Layout
 
@@ -42,6 +42,7 @@ app = typer.Typer(
 app.add_typer(pretrained_app, name="pretrained")
 app.add_typer(production.app)
 app.command()(compare)
+app.command()(attack)
 out = Console(highlight=False, soft_wrap=True)
 asides = Console(stderr=True, highlight=False, soft_wrap=True)  # what must not stand in a script's JSON
 

@@ -39,7 +39,7 @@ STAGES = (
     "evaluate",
 )
 
-RECIPES = ("pretrain", "suspects", "export_pretrained", "compare")
+RECIPES = ("pretrain", "suspects", "export_pretrained", "compare", "attack")
 """Run the same way, but no stage of the pipeline."""
 
 TEMPORARY_FAILURE = 75

@@ -37,8 +37,9 @@ from tasks.data.views import CENTRE, view_names
 from tasks.errors import BackboneError, TrainingError
 from tasks.export.preprocessing import preprocessing_graph
 from tasks.models.backbone_card import BackboneCard, read_card
-from tasks.models.head import CARD_NAME, WEIGHTS_NAME, Head, read_head, write_head
+from tasks.models.head import CARD_NAME, WEIGHTS_NAME, Head, read_head, read_notes, write_head
 from tasks.training.augmented import LabelledPixels, PixelSource
+from tasks.training.logit_adjustment import class_shift
 from tasks.training.schedule import (
     ADVERSARIAL,
     REFERENCE_BATCH_SIZE,
@@ -85,6 +86,8 @@ class FinetuneReport:
         views: In which each training image was shown.
         stages: One record a stage that was considered.
         temperature: Folded into the final head, or None.
+        logit_adjustment: Its strength in the probe. Training starts from the probe without it and is judged without it,
+            by likelihood under the classes' own shares; the final head has it again.
         val_nll_before: Of the probe, nats an image, as it is.
         val_nll_after: Of the final model, as it is (the temperature was fitted on these same images).
         val_accuracy_before: Of the probe.
@@ -99,6 +102,7 @@ class FinetuneReport:
     views: tuple[str, ...]
     stages: tuple[StageRecord, ...] = ()
     temperature: float | None = None
+    logit_adjustment: float = 0.0
     val_nll_before: float | None = None
     val_nll_after: float | None = None
     val_accuracy_before: float | None = None
@@ -125,6 +129,7 @@ def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: Finetune
         num_val=len(val),
         optimiser=recipe_for(card.architecture).optimiser,
         views=view_names(SCRATCH_VIEWS if SCRATCH in finetune.stages else finetune.views, augment.hflip),
+        logit_adjustment=read_notes(layout.head_dir).get("logit_adjustment", 0.0),  # earlier versions have none
     )
     _write_epochs(layout, ())
     times: tuple[StageTimes, ...] = ()
@@ -165,6 +170,9 @@ def _tuned(
     from tasks.training.staged import deterministic_torch, fine_tune
 
     train, val = known[known["split"] == "train"], known[known["split"] == "val"]
+    counts = [int((train["label"] == label).sum()) for label in head.labels]
+    shift = class_shift(counts, report.logit_adjustment)
+    head = dataclasses.replace(head, bias=head.bias - shift)
     checkpoints = CheckpointFile(
         layout.checkpoints_dir / CHECKPOINT_NAME, _run_digest(layout, known, seed, augment, finetune)
     )
@@ -186,6 +194,7 @@ def _tuned(
             work |= {"mean": card.mean, "std": card.std, "adversarial": _adversarial_settings(finetune)}
             tuned = harden(network, tuned, **work)
     report, head = _concluded(report, tuned, val_pixels.labels)
+    head = dataclasses.replace(head, bias=head.bias + shift)
     processes.wait_for_all()
     if processes.is_first():
         _write(layout, report, network if report.kept else None, head)
@@ -368,5 +377,6 @@ def _write(layout: Layout, report: FinetuneReport, network: Network | None, head
 
         state = {name: tensor.contiguous() for name, tensor in network.trunk_state().items()}
         write_bytes(layout.finetuned_dir / NETWORK_NAME, save(state))
-        write_head(layout.finetuned_dir, head, {"kept": list(report.kept), "temperature": report.temperature})
+        notes = {name: getattr(report, name) for name in ("kept", "temperature", "logit_adjustment")}
+        write_head(layout.finetuned_dir, head, {**notes, "kept": list(report.kept)})
     write_json(layout.finetuned_dir / FACTS_NAME, facts)

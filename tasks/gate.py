@@ -44,13 +44,13 @@ from tasks.evaluation.paired import (
     compare,
     images_by_rule_of_three,
     images_to_exclude_loss,
+    is_uneven,
     mcnemar_midp,
 )
 
 Outcome = Literal["first", "promote", "refuse", "undecided"]
 
 MAX_CLASS_MIDP = 0.01
-AUTO_BALANCED_RATIO = 3.0
 AUTO_MARGIN, AUTO_MARGIN_SMALL, AUTO_MARGIN_IMAGES = 0.01, 0.02, 1000
 
 Number = float | int | bool | None
@@ -116,7 +116,8 @@ class Evidence:
         margin: Tolerated loss.
         midp: McNemar's, on all images.
         better: The challenger is better with confidence.
-        nll: The challenger's mean negative log-likelihood on the shared images; None where there are none.
+        nll: The challenger's mean negative log-likelihood on the shared images, over the classes where these are judged
+            alike; None where there are none.
         champion_nll: The champion's.
         overconfidence: The challenger's mean confidence less its accuracy there; None where there are none.
         champion_overconfidence: The champion's.
@@ -197,7 +198,7 @@ def decide(
         champion,
         labels,
         margin=_auto_margin(len(labels)) if margin == "auto" else margin,
-        balanced=_is_uneven(labels) if balanced == "auto" else balanced,
+        balanced=is_uneven(labels) if balanced == "auto" else balanced,
         confidence=confidence,
         draws=draws,
         seed=seed,
@@ -238,12 +239,21 @@ def is_right(scores: Scores, labels: Texts) -> Bools:
     return right
 
 
-def mean_nll(scores: Scores, labels: Texts) -> float:
-    """Mean negative log-likelihood of the true labels, all of which the model must know."""
+def mean_nll(scores: Scores, labels: Texts, *, balanced: bool) -> float:
+    """Mean negative log-likelihood of the true labels, all of which the model must know.
+
+    Args:
+        scores: Of a model.
+        labels: True labels, (N,).
+        balanced: The mean over the classes of their means, as a model that is judged by balanced accuracy is made for.
+    """
     column = {label: index for index, label in enumerate(scores.labels)}
     columns = np.array([column[label] for label in labels])
     likelihoods = scores.probabilities[np.arange(len(labels)), columns].astype(np.float64)
-    return float(-np.log(np.maximum(likelihoods, SMALLEST_PROBABILITY)).mean())
+    nll = -np.log(np.maximum(likelihoods, SMALLEST_PROBABILITY))
+    if balanced:
+        return float(np.mean([nll[labels == label].mean() for label in np.unique(labels)]))
+    return float(nll.mean())
 
 
 def overconfidence(scores: Scores, right: Bools) -> float:
@@ -296,8 +306,8 @@ def _evidence(
         margin=margin,
         midp=midp,
         better=midp < 1 - confidence and overall.difference > 0,
-        nll=mean_nll(_rows(challenger, shared), labels[shared]) if some else None,
-        champion_nll=mean_nll(_rows(champion, shared), labels[shared]) if some else None,
+        nll=mean_nll(_rows(challenger, shared), labels[shared], balanced=balanced) if some else None,
+        champion_nll=mean_nll(_rows(champion, shared), labels[shared], balanced=balanced) if some else None,
         overconfidence=overconfidence(_rows(challenger, shared), right[shared]) if some else None,
         champion_overconfidence=overconfidence(_rows(champion, shared), before[shared]) if some else None,
     )
@@ -305,11 +315,6 @@ def _evidence(
 
 def _rows(scores: Scores, rows: Bools) -> Scores:
     return replace(scores, probabilities=scores.probabilities[rows])
-
-
-def _is_uneven(labels: Texts) -> bool:
-    counts = np.unique(labels, return_counts=True)[1]
-    return bool(counts.max() > AUTO_BALANCED_RATIO * counts.min())
 
 
 def _auto_margin(num_images: int) -> float:

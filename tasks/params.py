@@ -113,6 +113,7 @@ class TrainHeadParams(Section):
     folds: Annotated[int, Field(ge=2, le=20)]
     max_iterations: Positive
     holdout_above: Positive
+    logit_adjustment: Annotated[float, Field(ge=0, le=2)] | Auto
 
 
 class AdversarialParams(Section):
@@ -244,6 +245,12 @@ class PretrainParams(Section):
     min_area_fraction: Annotated[float, Field(gt=0, le=1)]
 
 
+class AttackParams(Section):
+    """Attacking what ships."""
+
+    images: Positive
+
+
 class DriftParams(Section):
     """Comparing what production sees with the test images."""
 
@@ -274,6 +281,7 @@ class Params(Section):
     gate: GateParams
     pretrain: PretrainParams
     drift: DriftParams
+    attack: AttackParams
 
 
 def load_params(path: Path) -> Params:

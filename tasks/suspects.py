@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from tasks.data.image_store import open_images
 from tasks.data.manifest import read_manifest
 from tasks.errors import DataError
 from tasks.models.backbone_card import read_card
-from tasks.models.head import CARD_NAME, read_head
+from tasks.models.head import read_head, read_notes
 from tasks.training.confident_learning import rank_labels
 from tasks.training.linear_probe import out_of_fold_probabilities
 
@@ -58,7 +57,7 @@ def run(layout: Layout, *, seed: int, train_head: TrainHeadParams) -> SuspectsRe
         StoreError: If features or the probe are missing: run a retrain first.
     """
     card, labels = read_card(layout.backbone_card), read_head(layout.head_dir).labels
-    notes = json.loads((layout.head_dir / CARD_NAME).read_text(encoding="utf-8"))["notes"]
+    notes = read_notes(layout.head_dir)
     if notes["log10_c"] is None:
         raise DataError("Labels are judged by the linear probe: set train_head.method to probe, then retrain.")
     images = read_manifest(layout.accepted)

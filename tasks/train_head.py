@@ -2,6 +2,9 @@
 
 With ``train_head.method: as_is`` there is no fit: the backbone's own classifier answers where it knows all the classes
 by name and is one linear layer, else the class prototypes do. That is what a pretrained model does without training.
+
+Uneven classes that will be judged alike get their scores adjusted (``tasks.training.logit_adjustment``), here and, by
+what head.json says, in ``finetune``.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from tasks.models.backbone_card import read_card
 from tasks.models.head import write_head
 from tasks.models.own_head import own_head, same_names
 from tasks.training.linear_probe import PathPoint, Probe, fit_probe
+from tasks.training.logit_adjustment import adjustment_strength
 from tasks.training.prototypes import class_prototypes
 from tasks.training.temperature import row_nll
 
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
     from tasks.layout import Layout
     from tasks.models.backbone_card import BackboneCard
     from tasks.models.head import Head
-    from tasks.params import AugmentParams, FeaturesParams, TrainHeadParams
+    from tasks.params import AugmentParams, FeaturesParams, GateParams, TrainHeadParams
 
 CONFIDENCE = 0.99  # of the claim that a probe knows more than the commonest class
 SOLVER = "L-BFGS, multinomial, every image weighs the same"
@@ -49,6 +53,8 @@ class TrainHeadReport:
     ``method`` is ``probe``, ``own_classes`` (the backbone's own classifier) or ``prototypes``; all but the first have
     no fit to tell of. ``num_same_names`` of the classes bear the name of one of the backbone's own. ``is_at_chance``
     where the held-out accuracy is not beyond noise above ``chance_accuracy``, that of always naming the largest class.
+    Out-of-fold numbers are of the fit; ``out_of_fold_adjusted_balanced_accuracy`` and those on val are of the head,
+    with its logit adjustment (0: none).
     """
 
     method: str
@@ -61,12 +67,16 @@ class TrainHeadReport:
     solver: str | None
     log10_c: float | None
     temperature: float | None
+    class_ratio: float
+    logit_adjustment: float
     num_parts: int
     num_held_out: int
     out_of_fold_accuracy: float | None
     chance_accuracy: float
     is_at_chance: bool
     out_of_fold_nll: float | None
+    out_of_fold_balanced_accuracy: float | None
+    out_of_fold_adjusted_balanced_accuracy: float | None
     num_val: int
     val_accuracy: float | None
     val_nll: float | None
@@ -76,7 +86,13 @@ class TrainHeadReport:
 
 
 def run(
-    layout: Layout, *, seed: int, augment: AugmentParams, features: FeaturesParams, train_head: TrainHeadParams
+    layout: Layout,
+    *,
+    seed: int,
+    augment: AugmentParams,
+    features: FeaturesParams,
+    train_head: TrainHeadParams,
+    gate: GateParams,
 ) -> TrainHeadReport:
     """Fits the probe to the accepted train images and writes data/models/head.
 
@@ -100,32 +116,44 @@ def run(
     )
     stored = load_features(layout.features_dir, card, shas, views).reshape(len(views), len(shas), -1)
     same = same_names(class_names(images), card.labels or ())
-    probe, method = None, "probe"
+    probe, method, adjustment = None, "probe", 0.0
     if train_head.method == "as_is":
         head, method = _as_is(layout, card, stored[0], labels, same)
     else:
-        settings = train_head.model_dump(exclude={"method"})
-        probe = fit_probe(stored, labels, groups, classes=class_names(images), seed=seed, **settings)
+        adjustment = adjustment_strength(
+            train_head.logit_adjustment,
+            train_labels=labels,
+            test_labels=images.loc[images["split"] == "test", "label"].astype(str).tolist(),
+            balanced=gate.balanced,
+        )
+        settings = train_head.model_dump(exclude={"method", "logit_adjustment"})
+        settings |= {"seed": seed, "adjustment": adjustment}
+        probe = fit_probe(stored, labels, groups, classes=class_names(images), **settings)
         head = probe.head
-    chance = max(labels.count(label) for label in head.labels) / len(labels)
+    num_by_class = {label: labels.count(label) for label in head.labels}
+    chance = max(num_by_class.values()) / len(labels)
     num_val, val_accuracy, val_nll = _judge(layout, card, head, images[images["split"] == "val"])
     report = TrainHeadReport(
         method=method,
         num_same_names=len(same),
         num_train=len(train),
-        num_train_by_class={label: labels.count(label) for label in head.labels},
+        num_train_by_class=num_by_class,
         num_classes=len(head.labels),
         views=views,
         feature_dim=card.feature_dim,
         solver=SOLVER if probe else None,
         log10_c=probe.log10_c if probe else None,
         temperature=probe.temperature if probe else None,
+        class_ratio=max(num_by_class.values()) / max(1, min(num_by_class.values())),
+        logit_adjustment=adjustment,
         num_parts=probe.num_parts if probe else 0,
         num_held_out=probe.num_held_out if probe else 0,
         out_of_fold_accuracy=probe.accuracy if probe else None,
         chance_accuracy=chance,
         is_at_chance=bool(probe and probe.accuracy is not None and _lower(probe) <= chance),
         out_of_fold_nll=probe.nll if probe else None,
+        out_of_fold_balanced_accuracy=probe.balanced_accuracy if probe else None,
+        out_of_fold_adjusted_balanced_accuracy=probe.adjusted_balanced_accuracy if probe else None,
         num_val=num_val,
         val_accuracy=val_accuracy,
         val_nll=val_nll,
@@ -183,6 +211,15 @@ def _log(report: TrainHeadReport) -> None:
         _percent(report.val_accuracy),
         report.num_val,
     )
+    if report.logit_adjustment:
+        logger.info(
+            "the largest class has %.1f times the images of the smallest: scores adjusted with strength %.2g, "
+            "out-of-fold balanced accuracy %s (%s without)",
+            report.class_ratio,
+            report.logit_adjustment,
+            _percent(report.out_of_fold_adjusted_balanced_accuracy),
+            _percent(report.out_of_fold_balanced_accuracy),
+        )
     if report.is_at_chance:
         logger.warning(
             "the probe is at chance: held-out accuracy %s on %d images, and always naming the largest class gives %s. "

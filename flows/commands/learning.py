@@ -1,4 +1,4 @@
-"""Commands about ways to learn: a pretrained model as it is, and all ways side by side."""
+"""Commands about ways to learn: a pretrained model as it is, all ways side by side, and what a model withstands."""
 
 import json
 from typing import Annotated, Any
@@ -7,7 +7,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flows.workspace import find_workspace
+from flows.workspace import exclusive, find_workspace, run_recipe
+
+ATTACK_TIMEOUT_S = 24 * 3600.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -78,6 +80,22 @@ def _cells(outcome: dict[str, Any]) -> tuple[str, ...]:
         f"{1e3 * outcome['latency_s']:.1f}",
         "" if robust is None else f"{robust:.1%}",
     )
+
+
+def attack(context: typer.Context, as_json: Json = False) -> None:
+    """Attack the last retrain's model on test images: how often it is right when they are changed to mislead it."""
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "attack"):
+        run_recipe(layout, "attack", timeout_s=ATTACK_TIMEOUT_S)
+    report: dict[str, Any] = json.loads(layout.report("attack").read_text(encoding="utf-8"))
+    if as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    out.print(f"{report['num_images']} test images, each value changed by at most {report['epsilon']:g} of 255")
+    for name, found in report["accuracy"].items():
+        shares = (found[key] for key in ("accuracy", "accuracy_low", "accuracy_high"))
+        out.print(f"{name.replace('_', ' '):18}  {'{:.1%}  ({:.1%} to {:.1%})'.format(*shares)}")
+    out.print(escape(report["meaning"]))
 
 
 @pretrained_app.command("export")

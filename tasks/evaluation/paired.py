@@ -7,6 +7,7 @@ Lippman-Hand 1983 (rule of three).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 POWER = 0.8
 SMALLEST_PROBABILITY = 1e-7  # what a likelihood counts at least: one sure miss must not outweigh a test set
 BOOTSTRAP_VALUES = 4_000_000  # drawn at a time: bounds memory
+UNEVEN_RATIO = 3.0  # of the largest class to the smallest, above which classes are judged alike and not images
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -44,6 +46,12 @@ class Paired:
     def discordance(self) -> float:
         """Share of images on which exactly one model is right."""
         return (self.wins + self.losses) / self.num_images
+
+
+def is_uneven(labels: Sequence[str] | Texts) -> bool:
+    """Whether the largest class has over 3 times the images of the smallest; (N,) labels, of none it is not."""
+    counts = np.unique(np.asarray(labels, dtype=np.str_), return_counts=True)[1]
+    return bool(len(counts) and counts.max() > UNEVEN_RATIO * counts.min())
 
 
 def compare(

@@ -78,6 +78,12 @@ def write_head(directory: Path, head: Head, notes: dict[str, Any]) -> None:
     write_json(directory / CARD_NAME, card)
 
 
+def read_notes(directory: Path) -> dict[str, Any]:
+    """How the head that `read_head` reads was found."""
+    notes: dict[str, Any] = json.loads((directory / CARD_NAME).read_text(encoding="utf-8"))["notes"]
+    return notes
+
+
 def read_head(directory: Path) -> Head:
     """Reads what `write_head` wrote.
 

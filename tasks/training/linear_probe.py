@@ -26,6 +26,7 @@ from tasks.errors import TrainingError
 from tasks.models.head import Head
 from tasks.training.folds import NEVER_HELD_OUT, assign_folds
 from tasks.training.logistic import Basis, Fit, fit_logistic, principal_basis
+from tasks.training.logit_adjustment import class_shift
 from tasks.training.temperature import fit_temperature, row_nll
 
 PATH_TOLERANCE = 1e-4  # of a fit that only ranks C
@@ -59,7 +60,10 @@ class PathPoint:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A fitted probe and how it was chosen; the out-of-fold numbers are None where nothing could be held out."""
+    """A fitted probe and how it was chosen; the out-of-fold numbers are None where nothing could be held out.
+
+    Those are of the fit itself, but for ``adjusted_balanced_accuracy``, which is with the logit adjustment.
+    """
 
     head: Head
     log10_c: float
@@ -69,6 +73,8 @@ class Probe:
     nll: float | None
     accuracy: float | None
     temperature: float
+    balanced_accuracy: float | None
+    adjusted_balanced_accuracy: float | None
     num_iterations: int
     converged: bool
 
@@ -123,6 +129,7 @@ def fit_probe(
     folds: int,
     max_iterations: int,
     holdout_above: int,
+    adjustment: float,
 ) -> Probe:
     """Chooses C and fits the head.
 
@@ -138,6 +145,8 @@ def fit_probe(
         folds: Of the cross-validation.
         max_iterations: Of one fit.
         holdout_above: Number of images above which one tenth is held out once instead.
+        adjustment: Share of the classes' log frequencies that is taken out of the scores, 0 for none; it goes into the
+            bias after the temperature, and moves nothing that is chosen here.
 
     Raises:
         TrainingError: If there are fewer than two classes, or features that are not finite.
@@ -151,11 +160,14 @@ def fit_probe(
         log10_c = choose(path) if path else FALLBACK_LOG10_C
         fit = _refit(problem, log10_c, strongest=min(min_log10_c, log10_c))
     judged = problem.judged
-    temperature = fit_temperature(logits_of[log10_c][judged], problem.targets[judged]) if path else 1.0
+    targets = problem.targets[judged]
+    temperature = fit_temperature(logits_of[log10_c][judged], targets) if path else 1.0
     weight, bias = problem.basis.unfold(fit.weight / temperature, fit.bias / temperature)
+    shift = class_shift(np.bincount(problem.targets, minlength=len(classes)).tolist(), adjustment)
+    held_out = logits_of[log10_c][judged] / temperature if path else None
     point = next((point for point in path if point.log10_c == log10_c), None)
     return Probe(
-        head=Head(tuple(classes), weight.astype(np.float32), bias.astype(np.float32)),
+        head=Head(tuple(classes), weight.astype(np.float32), bias.astype(np.float32) + shift),
         log10_c=log10_c,
         path=path,
         num_parts=len(np.unique(problem.folds[judged])),
@@ -163,6 +175,8 @@ def fit_probe(
         nll=None if point is None else point.nll,
         accuracy=None if point is None else point.accuracy,
         temperature=temperature,
+        balanced_accuracy=None if held_out is None else mean_recall(held_out, targets),
+        adjusted_balanced_accuracy=None if held_out is None else mean_recall(held_out + shift, targets),
         num_iterations=fit.num_iterations,
         converged=fit.converged,
     )
@@ -213,6 +227,12 @@ def choose(path: Sequence[PathPoint]) -> float:
     """The strongest regularisation whose NLL exceeds the lowest by at most one standard error."""
     best = min(point.nll for point in path)
     return min(point.log10_c for point in path if point.nll - best <= point.standard_error)
+
+
+def mean_recall(logits: NDArray[np.float32], targets: NDArray[np.intp]) -> float:
+    """Balanced accuracy of logits (N, C) on targets (N,): the mean over their classes of the share found."""
+    right = logits.argmax(axis=1) == targets
+    return float(np.mean([right[targets == target].mean() for target in np.unique(targets)]))
 
 
 def _check(features: NDArray[np.float32], labels: Sequence[str]) -> None:

@@ -1,20 +1,24 @@
 """Several processes that fine-tune one network: each takes its share of a batch, and the gradients are added up.
 
-Data-parallel training as DistributedDataParallel does it, without its wrapper, which wants a whole forward pass where
-ours begins at the frozen boundary. All processes start from the same weights, take the same steps and judge on all
-validation pictures, so that none has to be told what another decided; the first one writes. `torchrun` starts them:
-see tasks/__main__.py. With one process nothing here does anything. Called by tasks.training and tasks.finetune.
+Plain DistributedDataParallel around what moves, from the frozen boundary on. All processes start from the same weights,
+take the same steps and judge on all validation pictures, so that none has to be told what another decided; the first
+one writes. BatchNorm is frozen: no statistics to be told of. `torchrun` starts them: see tasks/__main__.py. With one
+process nothing here does anything. Called by tasks.training and tasks.finetune.
 """
 
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 Item = TypeVar("Item")
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -61,17 +65,26 @@ def total(value: float) -> float:
     return float(shared)
 
 
-def add_up_gradients(tensors: Iterable[Tensor]) -> None:
-    """Makes the gradient of each tensor the sum over all processes, in one go."""
+def spread(module: nn.Module) -> nn.Module:
+    """The module, whose backward pass leaves the mean of all processes' gradients in each of them."""
     if count() == 1:
-        return
-    gradients = [each.grad for each in tensors if each.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    distributed.all_reduce(flat)
-    start = 0
-    for gradient in gradients:
-        gradient.copy_(flat[start : start + gradient.numel()].view(gradient.shape))
-        start += gradient.numel()
+        return module
+    logger.info("DistributedDataParallel over %d processes", count())
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def alone(module: nn.Module) -> AbstractContextManager[None]:
+    """While backward passes of what `spread` gave add to this process's own gradients."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def smallest(value: int) -> int:
+    """The smallest of all processes' numbers."""
+    if count() == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.int64)
+    distributed.all_reduce(shared, op=distributed.ReduceOp.MIN)
+    return int(shared)
 
 
 def wait_for_all() -> None:

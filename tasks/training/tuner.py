@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tasks.errors import TrainingError
 from tasks.models.architectures import Boundary, Network
 from tasks.models.head import Head
 from tasks.training import processes
@@ -26,6 +27,7 @@ from tasks.training.schedule import Recipe, StageLength, warmup_cosine
 
 SGD_MOMENTUM = 0.9
 MIN_SCALE = 1e-6
+ANY_SIZE = 2**31  # of a part, where memory holds the batch
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,19 @@ class Pace:
     schedule: Callable[..., float] = warmup_cosine
 
 
+class Moving(nn.Module):
+    """The layer groups from ``group`` on, and the head."""
+
+    def __init__(self, network: Network, group: int, head: StandardisedHead) -> None:
+        super().__init__()
+        self.network, self.group, self.head = network, group, head
+
+    def forward(self, maps: Tensor, pooled: Tensor) -> Tensor:
+        """Logits (B, C) of the two parts of a `Boundary`."""
+        logits: Tensor = self.head(self.network.forward_from(Boundary(maps, pooled), self.group))
+        return logits
+
+
 class StageTuner:
     """Moves the layer groups from ``group`` on, and the head.
 
@@ -104,6 +119,7 @@ class StageTuner:
     def __init__(self, network: Network, group: int, head: StandardisedHead, pace: Pace) -> None:
         self.network, self.group, self.head, self.pace = network, group, head, pace
         self.tensors = trainable_tensors(network, group, head)
+        self.model = processes.spread(Moving(network, group, head))
         self.optimiser = _optimiser(network, group, head, pace)
         self.ema = Ema(self.tensors, pace.ema_decay)
         self.step = 0
@@ -133,22 +149,23 @@ class StageTuner:
 
     def _loss(self, boundary: Boundary, targets: Tensor, part: slice) -> Tensor:
         """Mean cross-entropy of a part of a batch."""
-        logits = self.head(self.network.forward_from(Boundary(boundary.maps[part], boundary.pooled[part]), self.group))
-        return nn.functional.cross_entropy(logits, targets[part])
+        return nn.functional.cross_entropy(self.model(boundary.maps[part], boundary.pooled[part]), targets[part])
 
     def descend(self, loss_of: Callable[[slice], Tensor], batch_size: int, weight: float = 1.0) -> float:
         """One step down the mean loss of a batch; returns its value.
 
         Where memory runs out the batch is halved, for the rest of the stage, and the parts' gradients add up to the
-        same step: BatchNorm is frozen, so a picture's loss does not hang on its neighbours.
+        same step: BatchNorm is frozen, so a picture's loss does not hang on its neighbours. Several processes agree
+        before the first step on parts that fit all of them; later they could not without leaving each other waiting.
 
         Args:
-            loss_of: Mean loss of some pictures of the batch.
+            loss_of: Mean loss of some pictures of the batch; where there are several processes, through ``model``.
             batch_size: Pictures in the batch, or in this process's share of it.
             weight: What their mean loss counts in the whole batch's.
 
         Raises:
             DivergedError: If the loss is not finite.
+            TrainingError: If memory runs out where several processes have agreed.
         """
         factor = self.pace.schedule(self.step, steps=self.pace.length.steps, warmup_fraction=self.pace.warmup_fraction)
         for group, rate in zip(self.optimiser.param_groups, self.pace.learning_rates, strict=True):
@@ -156,7 +173,6 @@ class StageTuner:
         value = processes.total(weight * self._accumulate(loss_of, batch_size, weight))
         if not np.isfinite(value):
             raise DivergedError(f"the loss is {value} at step {self.step + 1}")
-        processes.add_up_gradients(self.tensors.values())
         nn.utils.clip_grad_norm_(self.tensors.values(), self.pace.clip_norm)
         self.optimiser.step()
         self.ema.update(self.tensors)
@@ -165,16 +181,44 @@ class StageTuner:
 
     def _accumulate(self, loss_of: Callable[[slice], Tensor], batch_size: int, weight: float) -> float:
         """Gradients of the weighted mean loss of a batch, in parts that fit into memory; the loss, not weighted."""
+        if processes.count() == 1:
+            return self._halve_until_it_fits(loss_of, batch_size, weight)
+        if self.part_size is None:
+            with processes.alone(self.model):
+                self._halve_until_it_fits(loss_of, batch_size, weight)
+            self.part_size = processes.smallest(self.part_size or ANY_SIZE)
+        try:
+            return self._in_parts(
+                loss_of, batch_size, weight * processes.count()
+            )  # of whose gradients the mean is taken
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"Out of memory with {min(self.part_size, batch_size)} pictures at once in one of {processes.count()} "
+                "processes. Lower finetune.batch_size or finetune.num_processes, or free memory; run again and it goes "
+                "on from its last epoch."
+            ) from error
+
+    def _halve_until_it_fits(self, loss_of: Callable[[slice], Tensor], batch_size: int, weight: float) -> float:
+        """The same, in this process alone."""
         while True:
             size = min(self.part_size or batch_size, batch_size)
             try:
-                self.optimiser.zero_grad(set_to_none=True)
-                return sum(self._backward(loss_of, part, batch_size, weight) for part in parts(batch_size, size))
+                return self._in_parts(loss_of, batch_size, weight)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or size == 1:
                     raise
             self.part_size = (size + 1) // 2
             logger.warning("out of memory with %d pictures at once: going on with %d, same steps", size, self.part_size)
+
+    def _in_parts(self, loss_of: Callable[[slice], Tensor], batch_size: int, weight: float) -> float:
+        """One attempt; several processes exchange gradients with the last part."""
+        self.optimiser.zero_grad(set_to_none=True)
+        *first, last = parts(batch_size, min(self.part_size or batch_size, batch_size))
+        with processes.alone(self.model):
+            value = sum(self._backward(loss_of, part, batch_size, weight) for part in first)
+        return value + self._backward(loss_of, last, batch_size, weight)
 
     def _backward(self, loss_of: Callable[[slice], Tensor], part: slice, batch_size: int, weight: float) -> float:
         """Adds a part's share of the gradient; its share of the loss."""

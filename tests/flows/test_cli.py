@@ -146,6 +146,7 @@ def test_the_doctor_fails_where_params_are_broken(workspace: Workspace) -> None:
         "remove",
         "retrain",
         "compare",
+        "attack",
         "status",
         "predict",
         "versions",

@@ -28,7 +28,12 @@ def build_workspace(layout: Layout, params: Params, *, num_images: int = 500) ->
     write_backbone(layout)
     cache_features.run(layout, features=params.features, augment=params.augment)
     train_head.run(
-        layout, seed=params.seed, augment=params.augment, features=params.features, train_head=params.train_head
+        layout,
+        seed=params.seed,
+        augment=params.augment,
+        features=params.features,
+        train_head=params.train_head,
+        gate=params.gate,
     )
     write_json(layout.finetuned_dir / "finetuned.json", {"kept": [], "reason": "only 60 val images", "stages": []})
     return write_head_bundle(layout, read_head(layout.head_dir))

@@ -14,14 +14,22 @@ from tasks.data.manifest import Facts, Row, Split, rows_to_frame, write_manifest
 from tasks.export.preprocessing import preprocessing_graph
 from tasks.layout import Layout
 from tasks.models.backbone_card import BackboneCard, write_card
-from tasks.params import AugmentParams, FeaturesParams, TrainHeadParams
+from tasks.params import AugmentParams, FeaturesParams, TrainHeadParams, load_params
 
 SIZE_PX = 16
+GATE = load_params(Path(__file__).parents[2] / "params.yaml").gate
 FEATURE_DIM = 24
 AUGMENT = AugmentParams(hflip=False, min_area_fraction=0.5)
 FEATURES = FeaturesParams(depths=1, views=2, engine="onnxruntime", batch_size=4, recheck=4)
 TRAIN_HEAD = TrainHeadParams(
-    method="probe", min_log10_c=-4, max_log10_c=2, num_c=7, folds=5, max_iterations=200, holdout_above=5000
+    method="probe",
+    min_log10_c=-4,
+    max_log10_c=2,
+    num_c=7,
+    folds=5,
+    max_iterations=200,
+    holdout_above=5000,
+    logit_adjustment="auto",
 )
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from deploy.runtime import open_session
-from tasks import finetune
+from tasks import attack, finetune
 from tasks.data.manifest import read_manifest, write_manifest
-from tasks.errors import ParamsError
+from tasks.errors import DataError, ParamsError
 from tasks.finetune import FinetuneReport
 from tasks.layout import Layout
 from tasks.models.architectures import build_network
@@ -35,6 +35,7 @@ from tasks.training.adversarial import (
 )
 from tasks.training.attacks import fgsm, fgsm_rs, pgd, uniform_noise
 from tasks.training.augmented import LabelledPixels, PixelSource
+from tasks.training.auto_attack import auto_attack, is_installed
 from tasks.training.schedule import slow_start_fast_decay
 from tasks.training.selection import SIGNIFICANCE, compare_robustness
 from tasks.training.staged import deterministic_torch
@@ -391,3 +392,74 @@ def test_a_run_interrupted_at_every_epoch_gives_the_same_bytes(
     assert interruptions == sum(record.epochs for record in whole.stages) - 1
     assert report == whole
     assert outputs(layout) == expected
+
+
+# What ships, attacked
+
+
+@pytest.fixture
+def attackable(layout: Layout) -> Layout:
+    """With test images: the last validation images are said to be some."""
+    images = read_manifest(layout.accepted)
+    val = images.index[images["split"] == "val"]
+    images.loc[val[-12:], "split"] = "test"
+    write_manifest(layout.accepted, images)
+    return layout
+
+
+@pytest.mark.slow
+def test_what_ships_is_attacked_on_test_images_and_hardly_withstands(attackable: Layout, repository: Path) -> None:
+    params = load_params(repository / "params.yaml")
+    work = {"finetune": params.finetune, "evaluate": params.evaluate}
+    report = attack.run(attackable, seed=0, attack=params.attack.model_copy(update={"images": 10}), **work)
+    assert (report.model, report.num_images, report.epsilon) == ("linear probe", 10, 4)
+    shares = [report.accuracy[name].accuracy for name in ("clean", STRONGEST, attack.LONG_PGD, attack.WITHSTOOD)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.6 > shares[-1]
+    assert report.auto_attack is is_installed()
+    images = read_manifest(attackable.accepted)
+    write_manifest(attackable.accepted, images[images["split"] != "test"])
+    with pytest.raises(DataError, match="no test images"):
+        attack.run(attackable, seed=0, attack=params.attack, **work)
+
+
+@pytest.mark.slow
+def test_auto_attack_is_stronger_than_pgd_and_its_queries_are_no_stronger_than_gradients(target: Target) -> None:
+    pytest.importorskip("art", reason="the optional extra robust is not installed")
+    few = dataclasses.replace(target, images=target.images[:20], labels=target.labels[:20])
+    settings = {"epsilon": EPSILON, "seed": 0, "square_queries": 200}
+    state = np.random.get_state()[1].copy()
+    found = auto_attack(few.model, few.images, few.labels, **settings)
+    assert np.array_equal(np.random.get_state()[1], state)
+    assert float((found - few.images).abs().max()) == pytest.approx(EPSILON, abs=1e-4)
+    assert few.accuracy(found) <= few.pgd(EPSILON, num_steps=20)
+    assert torch.equal(auto_attack(few.model, few.images, few.labels, **settings), found)
+    queried = square(few, num_queries=200)
+    assert few.accuracy(found) <= queried <= few.accuracy(few.images)
+    assert queried >= few.pgd(EPSILON, num_steps=20), "where queries beat gradients, gradients are masked"
+
+
+def square(target: Target, num_queries: int) -> float:
+    """Accuracy under the toolbox's attack that sees no gradient."""
+    from art.attacks.evasion import SquareAttack
+    from art.estimators.classification import PyTorchClassifier
+
+    loss, shape = torch.nn.CrossEntropyLoss(), tuple(target.images.shape[1:])
+    model = PyTorchClassifier(target.model, loss=loss, input_shape=shape, nb_classes=10, clip_values=(0.0, 1.0))
+    attack = SquareAttack(model, norm=np.inf, eps=EPSILON, max_iter=num_queries, nb_restarts=1, verbose=False)
+    return target.accuracy(torch.from_numpy(attack.generate(x=target.images.numpy(), y=target.labels.numpy())))
+
+
+@pytest.mark.slow
+def test_our_pgd_finds_what_the_toolboxs_finds(target: Target) -> None:
+    """Its loss is the cross-entropy, ours the margin: the same number of pictures, but for one or two."""
+    pytest.importorskip("art", reason="the optional extra robust is not installed")
+    from art.attacks.evasion import ProjectedGradientDescent
+    from art.estimators.classification import PyTorchClassifier
+
+    loss, shape = torch.nn.CrossEntropyLoss(), tuple(target.images.shape[1:])
+    model = PyTorchClassifier(target.model, loss=loss, input_shape=shape, nb_classes=10, clip_values=(0.0, 1.0))
+    step = {"eps": EPSILON, "eps_step": 2.5 * EPSILON / 20, "max_iter": 20, "num_random_init": 1}
+    theirs = ProjectedGradientDescent(model, **step, batch_size=NUM_VAL, verbose=False)
+    found = torch.from_numpy(theirs.generate(x=target.images.numpy(), y=target.labels.numpy()))
+    assert target.accuracy(found) == pytest.approx(target.pgd(EPSILON, num_steps=20), abs=2.5 / NUM_VAL)

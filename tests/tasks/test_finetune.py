@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import signal
@@ -38,6 +39,7 @@ from tasks.training.augmented import PixelSource
 from tasks.training.boundary import CachedBoundary, RecomputedBoundary, open_boundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile
 from tasks.training.ema import Ema
+from tasks.training.logit_adjustment import class_shift
 from tasks.training.schedule import (
     EPOCHS_ABOVE,
     MIN_STEPS,
@@ -354,6 +356,33 @@ def test_a_stage_that_helps_is_kept_and_only_moves_what_it_may(layout: Layout, r
     assert negative_log_likelihood(logits, labels).mean() == pytest.approx(report.val_nll_after, rel=1e-3)
 
 
+def test_an_adjusted_probe_is_tuned_without_its_adjustment_and_has_it_again_in_the_end(
+    layout: Layout, repository: Path
+) -> None:
+    head = read_head(layout.head_dir)
+    rows = read_manifest(layout.accepted)
+    shift = class_shift([int(((rows["split"] == "train") & (rows["label"] == each)).sum()) for each in head.labels], 1)
+    adjusted = dataclasses.replace(head, bias=head.bias + 20 * shift)
+    write_head(layout.head_dir, adjusted, {"logit_adjustment": 20.0})
+    report = run(layout, repository, stages=("top",))
+    assert report.kept == ("top",)
+    assert report.logit_adjustment == 20
+    val = rows[rows["split"] == "val"]
+    labels = np.array([head.labels.index(label) for label in val["label"]])
+    card = read_card(layout.backbone_card)
+    network = build_network(card.architecture, depths=card.depths)
+
+    def nll(head: Head, weights: Path) -> float:
+        network.load_trunk(load_file(weights))
+        logits = head.logits(embed(layout, network, val["path"].tolist()))
+        return float(negative_log_likelihood(logits, labels).mean())
+
+    assert nll(head, layout.backbone_weights) == pytest.approx(report.val_nll_before, rel=1e-3)
+    ships = read_head(layout.finetuned_dir)
+    plain = dataclasses.replace(ships, bias=ships.bias - 20 * shift)
+    assert nll(plain, layout.finetuned_dir / "network.safetensors") == pytest.approx(report.val_nll_after, rel=1e-3)
+
+
 def test_noise_for_labels_leaves_the_probe_as_it_is(layout: Layout, repository: Path) -> None:
     frame = read_manifest(layout.accepted)
     train = frame["split"] == "train"
@@ -655,7 +684,7 @@ def scratch_of(repository: Path, seconds: float) -> ScratchParams:
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(layout: Layout, repository: Path, tmp_path: Path) -> None:
-    """The same curve up to rounding: each takes half of every batch, and the gradients are added up."""
+    """torchrun, gloo, DistributedDataParallel: the same curves up to rounding, as each takes half of every batch."""
     text = (repository / "params.yaml").read_text()
     for before, after in (
         ("epochs: auto", "epochs: 3"),
@@ -665,19 +694,80 @@ def test_two_processes_learn_what_one_learns(layout: Layout, repository: Path, t
     ):
         assert before in text
         text = text.replace(before, after, 1)
-    curves, kept = [], []
+    curves, kept, ends = [], [], []
     for num in (1, 2):
         layout.params.write_text(text.replace("num_processes: 1", f"num_processes: {num}"))
         process = start(repository, "-m", "tasks", "finetune", "--root", str(layout.root))
         _, told = process.communicate(timeout=300)
         assert process.returncode == 0, told
         assert told.count(b"finetune starts") == num
-        curves.append([float(row["train_loss"]) for row in csv.DictReader(io.StringIO(layout.epochs.read_text()))])
+        assert (b"DistributedDataParallel" in told) is (num == 2)
+        rows = list(csv.DictReader(io.StringIO(layout.epochs.read_text())))
+        curves.append([[float(row[name]) for row in rows] for name in ("train_loss", "val_nll")])
         kept.append(facts(layout)["kept"])
+        ends.append(load_file(layout.finetuned_dir / "network.safetensors"))
         assert not layout.checkpoints_dir.exists()
     assert kept == [["top"]] * 2
-    assert len(curves[0]) == 3
-    assert curves[1] == pytest.approx(curves[0], rel=0.01)
+    assert np.shape(curves) == (2, 2, 3)
+    np.testing.assert_allclose(curves[1], curves[0], rtol=0.01)
+    start_weights = load_file(layout.backbone_weights)
+    moves = [torch.cat([(end[name] - start_weights[name]).flatten() for name in end]) for end in ends]
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.99
+
+
+STEPS_OF_TWO = """
+import sys
+import torch
+from safetensors.torch import save_file
+from tasks.models.architectures import Boundary
+from tasks.training import processes
+from tasks.training.tuner import StageTuner, copied
+from tests.tasks.test_finetune import blank_head, pace_of, small_network, three_batches
+
+with processes.joined():
+    network = small_network("mobilenet_v3_small")
+    torch.manual_seed(0)
+    tuner = StageTuner(network, 1, blank_head(network), pace_of(network))
+    room = 3 if processes.count() == 2 and not processes.is_first() else 8
+    for pixels, labels in three_batches():
+        rows = processes.share_of(list(range(len(labels))))
+        with torch.no_grad():
+            boundary, targets = network.forward_until(pixels[rows], 1), labels[rows]
+        def loss_of(part):
+            if part.stop - part.start > room:
+                raise torch.OutOfMemoryError("out of memory")
+            return tuner._loss(boundary, targets, part)
+        tuner.descend(loss_of, len(rows), processes.weight_of(labels))
+    if processes.count() == 2:
+        assert tuner.part_size == 2, tuner.part_size
+    if processes.is_first():
+        save_file(copied(tuner.tensors), sys.argv[1])
+"""
+
+
+def three_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The last one is shorter."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(21, 3, SIZE_PX, SIZE_PX, generator=generator)
+    return [(pixels[start:stop], torch.arange(start, stop) % 2) for start, stop in ((0, 8), (8, 16), (16, 21))]
+
+
+@pytest.mark.slow
+def test_where_memory_runs_out_in_one_of_two_processes_both_take_the_same_steps(
+    repository: Path, tmp_path: Path
+) -> None:
+    """The second one's device, which is played, has room for three of its four pictures: both take two at once."""
+    (tmp_path / "steps.py").write_text(STEPS_OF_TWO)
+    found = []
+    for num in (1, 2):
+        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}")
+        command = [sys.executable, *torchrun, str(tmp_path / "steps.py"), str(tmp_path / f"{num}.safetensors")]
+        environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, timeout=200)
+        assert done.returncode == 0, done.stderr.decode()
+        found.append(load_file(tmp_path / f"{num}.safetensors"))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
 # Killed and run again

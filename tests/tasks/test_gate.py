@@ -284,6 +284,22 @@ def test_a_boastful_model_is_refused_and_a_modest_one_is_not() -> None:
     assert modest.numbers["overconfidence"] == pytest.approx(-0.29)
 
 
+def test_where_classes_are_judged_alike_their_likelihoods_are_too() -> None:
+    """Surer of ten rare pictures and less sure of a thousand common ones, as a logit adjustment makes a model."""
+    truth = ["a"] * 1000 + ["b"] * 10 + ["c"] * 10
+    champion, challenger = scores(truth), scores(truth)
+    for model, common, rare in ((champion, 0.95, 0.4), (challenger, 0.85, 0.8)):
+        sure = np.where(np.array(truth) == "a", common, rare)
+        model.probabilities[:] = (1 - sure[:, None]) / 2
+        model.probabilities[np.arange(len(truth)), [LABELS.index(label) for label in truth]] = sure
+    plain = decide(challenger, champion, truth=truth, **RULE)
+    assert plain.outcome == "refuse"
+    assert any(reason.startswith("less sure of the truth") for reason in plain.reasons)
+    alike = decide(challenger, champion, truth=truth, **RULE | {"balanced": True})
+    assert alike.numbers["nll"] == pytest.approx(-(np.log(0.85) + 2 * np.log(0.8)) / 3, rel=1e-5)
+    assert not any("less sure of the truth" in reason for reason in alike.reasons)
+
+
 def test_a_model_that_breaks_on_spoiled_pictures_is_refused() -> None:
     right, before = outcomes_apart(1000, wins=40, losses=10)
     truth = truth_of(1000)

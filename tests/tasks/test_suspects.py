@@ -12,7 +12,7 @@ from tasks import cache_features, suspects, train_head
 from tasks.errors import DataError, StoreError
 from tasks.layout import Layout
 from tasks.training.confident_learning import rank_labels
-from tests.tasks.feature_workspaces import AUGMENT, FEATURES, TRAIN_HEAD, make_workspace, put_manifest
+from tests.tasks.feature_workspaces import AUGMENT, FEATURES, GATE, TRAIN_HEAD, make_workspace, put_manifest
 
 FLIPPED = {"a/00007.png": "d", "c/00020.png": "b", "d/00003.png": "c"}
 
@@ -21,7 +21,7 @@ def prepared(root, labels: dict[str, str]) -> Layout:
     layout = make_workspace(root, dict.fromkeys("abcd", 40))
     put_manifest(layout, labels=labels)
     cache_features.run(layout, features=FEATURES, augment=AUGMENT)
-    train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD)
+    train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD, gate=GATE)
     return layout
 
 
@@ -63,7 +63,7 @@ def test_without_features_it_says_what_to_run(tmp_path) -> None:
 def test_nothing_to_hold_out_is_told(tmp_path) -> None:
     layout = make_workspace(tmp_path, {"a": 1, "b": 1})
     cache_features.run(layout, features=FEATURES, augment=AUGMENT)
-    train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD)
+    train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD, gate=GATE)
     with pytest.raises(DataError, match="no label can be judged"):
         suspects.run(layout, seed=0, train_head=TRAIN_HEAD)
 

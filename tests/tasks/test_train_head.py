@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -22,11 +23,12 @@ from tasks.models.backbone_card import read_card, write_card
 from tasks.models.head import Head, read_head, write_head
 from tasks.models.own_head import own_head, same_names
 from tasks.training.folds import NEVER_HELD_OUT, assign_folds
-from tasks.training.linear_probe import PathPoint, Probe, choose, fit_probe, grouped_standard_error
+from tasks.training.linear_probe import PathPoint, Probe, choose, fit_probe, grouped_standard_error, mean_recall
 from tasks.training.logistic import fit_logistic, principal_basis
+from tasks.training.logit_adjustment import adjustment_strength, class_shift
 from tasks.training.prototypes import class_prototypes
 from tasks.training.temperature import fit_temperature, row_nll
-from tests.tasks.feature_workspaces import AUGMENT, FEATURES, TRAIN_HEAD, make_workspace
+from tests.tasks.feature_workspaces import AUGMENT, FEATURES, GATE, TRAIN_HEAD, make_workspace
 
 Features = NDArray[np.float32]
 
@@ -39,7 +41,8 @@ def digits() -> tuple[Features, list[str]]:
 
 def probe(features: Features, labels: list[str], groups: list[str] | None = None, **changes: object) -> Probe:
     """A probe of one view a row."""
-    settings = TRAIN_HEAD.model_dump(exclude={"method"}) | {"seed": 0, "classes": sorted(set(labels))} | changes
+    settings = TRAIN_HEAD.model_dump(exclude={"method", "logit_adjustment"})
+    settings |= {"seed": 0, "classes": sorted(set(labels)), "adjustment": 0.0} | changes
     return fit_probe(features[None], labels, groups or [f"{row}" for row in range(len(labels))], **settings)
 
 
@@ -303,6 +306,74 @@ class TestProbe:
             probe(np.array([[0.0], [np.nan]], np.float32), ["a", "b"])
 
 
+class TestLogitAdjustment:
+    def test_rare_classes_are_found_more_often_and_balanced_accuracy_rises(self) -> None:
+        """Real digits from raw pixels, five classes cut to a tenth and less; judged on others, of all classes alike."""
+        features, labels = digits()
+        gains, plain_losses = [], []
+        for seed in range(3):
+            order = np.random.default_rng(seed).permutation(len(labels))
+            taken = {digit: 100 if int(digit) < 5 else 8 for digit in "0123456789"}
+            train = [row for digit, num in taken.items() for row in [r for r in order if labels[r] == digit][:num]]
+            rest = np.setdiff1d(order, train)
+            told = [labels[row] for row in train]
+            plain, adjusted = (probe(features[train], told, adjustment=strength) for strength in (0.0, 1.0))
+            assert np.array_equal(plain.head.weight, adjusted.head.weight), "only the bias moves"
+            targets = np.array([plain.head.labels.index(labels[row]) for row in rest], np.intp)
+            recall = [mean_recall(each.head.logits(features[rest]), targets) for each in (plain, adjusted)]
+            gains.append(recall[1] - recall[0])
+            rare = np.isin(targets, range(5, 10))
+            found = [(each.head.logits(features[rest]).argmax(axis=1) == targets) for each in (plain, adjusted)]
+            assert found[1][rare].mean() > found[0][rare].mean()
+            plain_losses.append(found[0][~rare].mean() - found[1][~rare].mean())
+            assert plain.adjusted_balanced_accuracy == plain.balanced_accuracy == adjusted.balanced_accuracy
+            assert adjusted.adjusted_balanced_accuracy is not None
+            assert adjusted.balanced_accuracy is not None
+            assert adjusted.adjusted_balanced_accuracy > adjusted.balanced_accuracy
+        assert np.mean(gains) > 0.01
+        assert np.mean(plain_losses) < 0.05
+
+    def test_at_strength_1_it_is_the_answer_under_equal_shares(self) -> None:
+        """A mixture whose likelihoods are known: Bayes' rule with the training shares, then with equal ones."""
+        shares, likelihood = np.array([0.8, 0.15, 0.05]), np.array([0.2, 0.5, 0.3])
+        logits = np.log(shares * likelihood)
+        shifted = logits + class_shift([800, 150, 50], 1.0)
+        np.testing.assert_allclose(np.exp(shifted) / np.exp(shifted).sum(), likelihood / likelihood.sum(), rtol=1e-5)
+        assert class_shift([800, 150, 50], 0.0).tolist() == [0, 0, 0]
+        np.testing.assert_allclose(class_shift([7, 7], 1.0), 0, atol=1e-7)
+
+    def test_auto_follows_what_the_gate_will_judge_by(self) -> None:
+        even, uneven = ["a", "b"] * 10, ["a"] * 31 + ["b"] * 10
+
+        def strength(
+            train: list[str], test: list[str], balanced: bool | Literal["auto"], wanted: object = "auto"
+        ) -> float:
+            return adjustment_strength(wanted, train_labels=train, test_labels=test, balanced=balanced)  # type: ignore[arg-type]
+
+        assert strength(uneven, uneven, "auto") == 1
+        assert strength(uneven, even, "auto") == strength(even, uneven, "auto") == strength(uneven, [], "auto") == 0
+        assert strength(uneven, uneven, False) == strength(even, even, True) == 0
+        assert strength(uneven, even, True) == 1
+        assert strength(even, even, False, wanted=0.5) == 0.5
+
+    def test_the_stage_adjusts_by_rule_says_so_and_can_be_told_not_to(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", logger="tasks")
+        counts = {"ant": 200, "bee": 20, "cat": 20}
+        report = train_on(tmp_path / "auto", counts)
+        assert report.class_ratio == 10
+        assert report.logit_adjustment == 1
+        assert "the largest class has 10.0 times the images of the smallest: scores adjusted" in caplog.text
+        off = train_on(tmp_path / "off", counts, logit_adjustment=0.0)
+        assert (off.class_ratio, off.logit_adjustment) == (10, 0)
+        assert report.path == off.path
+        heads = [read_head(Layout(tmp_path / name).head_dir) for name in ("auto", "off")]
+        np.testing.assert_array_equal(heads[0].weight, heads[1].weight)
+        np.testing.assert_allclose(heads[0].bias - heads[1].bias, class_shift([120, 12, 12], 1.0), atol=1e-5)
+        assert train_on(tmp_path / "even", {"ant": 20, "bee": 20}).logit_adjustment == 0
+
+
 class TestPrototypes:
     def test_the_nearest_class_mean_is_chosen(self) -> None:
         features, labels = digits()
@@ -335,7 +406,7 @@ class TestStage:
         for path in layout.raw.rglob("*.png"):
             path.unlink()
         layout.trunk_onnx.unlink()
-        report = train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD)
+        report = train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD, gate=GATE)
         assert (report.num_train, report.num_val, report.num_classes) == (90, 30, 3)
         assert report.views == ("centre", "crop-1@0.5")
         assert report.val_accuracy is not None
@@ -343,7 +414,10 @@ class TestStage:
         head = read_head(layout.head_dir)
         assert head.labels == ("ant", "bee", "cat")
         first = (layout.head_dir / "head.safetensors").read_bytes()
-        assert train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD) == report
+        assert (
+            train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD, gate=GATE)
+            == report
+        )
         assert (layout.head_dir / "head.safetensors").read_bytes() == first
 
     def test_a_class_that_came_later_is_the_last_output_and_moves_no_other(self, tmp_path: Path) -> None:
@@ -352,7 +426,7 @@ class TestStage:
         ids = {"bee": 0, "cat": 2, "aardvark": 3}  # the second class of this workspace vanished
         write_manifest(layout.accepted, accepted.assign(class_id=accepted["label"].map(ids)))
         cache_features.run(layout, features=FEATURES, augment=AUGMENT)
-        report = train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD)
+        report = train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD, gate=GATE)
         head = read_head(layout.head_dir)
         assert head.labels == ("bee", "cat", "aardvark")
         assert report.val_accuracy is not None
@@ -361,13 +435,13 @@ class TestStage:
     def test_features_that_were_not_cached_say_what_to_run(self, tmp_path: Path) -> None:
         layout = make_workspace(tmp_path, {"ant": 5, "bee": 5})
         with pytest.raises(StoreError, match="12 of 12 features are not stored"):
-            train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD)
+            train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD, gate=GATE)
 
     def test_a_path_that_runs_backwards_is_refused(self, tmp_path: Path) -> None:
         layout = make_workspace(tmp_path, {"ant": 5, "bee": 5})
         wrong = TRAIN_HEAD.model_copy(update={"min_log10_c": 3.0})
         with pytest.raises(ParamsError, match=r"min_log10_c \(3\) must be below"):
-            train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=wrong)
+            train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=wrong, gate=GATE)
 
 
 def train_on(root: Path, counts: dict[str, int], **changes: object) -> train_head.TrainHeadReport:
@@ -375,7 +449,7 @@ def train_on(root: Path, counts: dict[str, int], **changes: object) -> train_hea
     layout = make_workspace(root, counts)
     cache_features.run(layout, features=FEATURES, augment=AUGMENT)
     settings = TRAIN_HEAD.model_copy(update=changes)
-    return train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=settings)
+    return train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=settings, gate=GATE)
 
 
 class TestBadInput:
@@ -404,7 +478,7 @@ class TestBadInput:
         layout = Layout(tmp_path)
         images = read_manifest(layout.accepted)
         write_manifest(layout.accepted, images.assign(label=np.random.default_rng(0).permutation(images["label"])))
-        report = train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD)
+        report = train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD, gate=GATE)
         assert report.is_at_chance
         assert report.chance_accuracy == pytest.approx(1 / 3, abs=0.1)
         assert "the probe is at chance" in caplog.text
@@ -442,7 +516,7 @@ class TestAsIs:
         weight = np.random.default_rng(0).normal(size=(4, width)).astype(np.float32)
         save_file({"fc.weight": weight, "fc.bias": np.arange(4, dtype=np.float32)}, layout.backbone_weights)
         settings = TRAIN_HEAD.model_copy(update={"method": "as_is"})
-        report = train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=settings)
+        report = train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=settings, gate=GATE)
         assert (report.method, report.num_same_names) == ("own_classes", 2)
         head = read_head(layout.head_dir)
         assert head.labels == ("ant", "bee")
