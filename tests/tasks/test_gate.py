@@ -139,8 +139,8 @@ RATES = [
 @pytest.mark.parametrize(
     ("simulations", "num", "gain", "more", "not_worse", "better"),
     [
-        *((200, *row) for row in RATES if row[0] <= 500),
-        *(pytest.param(400, *row, marks=pytest.mark.slow) for row in RATES),
+        *((600, *row) for row in RATES if row[0] <= 500),
+        *(pytest.param(400, *row, marks=pytest.mark.slow) for row in RATES if row[0] > 500),
     ],
 )
 def test_promotion_rates_are_those_of_the_method(
@@ -167,7 +167,7 @@ def test_promotion_rates_are_those_of_the_method(
             verdict = judged(drawn != 1, drawn != 0, margin=0.01, draws=300, seed=index)
             assert shown[index, 1] or not verdict.promotes
     for found, expected in zip(shown.mean(axis=0), (more, not_worse, better), strict=True):
-        # Three standard errors, and as much again for the rounding and the simulation of the table.
+        # Three standard errors, and .02 for the table's own: 3,000 simulations of each cell came to within .022 of it.
         assert found == pytest.approx(
             expected, abs=3 * math.sqrt(max(expected * (1 - expected), 0.01) / simulations) + 0.02
         )
