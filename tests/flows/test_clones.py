@@ -101,6 +101,7 @@ def test_what_somebody_retrained_meanwhile_stays(main: Layout) -> None:
     assert out_of_date(main) == {}
 
 
+@pytest.mark.slow
 def test_garbage_collection_takes_clones_that_have_ended_and_nothing_that_a_run_goes_on_with(main: Layout) -> None:
     with borrow_clone(main) as clone:
         with exclusive(main, "test"):
