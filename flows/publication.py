@@ -1,7 +1,7 @@
 """Publishing: bytes before pointers, pointers before names, so that nobody is told of what cannot be got.
 
 1. `dvc push`, and a look whether the default remote has every byte that data/raw.dvc and dvc.lock name
-2. `git commit` of these two, of params.yaml and of the log of data/raw
+2. `git commit` of these two, of params.yaml, of the log of data/raw and of the version's signature, data/bundle.sig
 3. `git tag` in GTO's convention: tanuki@vN.0.0 for version N of the registry, tanuki#prod#K for the K-th champion
 4. `git push` of the branch and these tags, all or none
 
@@ -12,10 +12,12 @@ Each step finds what an earlier run has done, so a kill anywhere is mended by do
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from deploy.bundle import read_bundle
+from deploy.bundle import SIGNATURE, read_bundle
 from deploy.errors import BundleError
-from deploy.registry import Version
+from deploy.files import write_bytes
+from deploy.registry import Registry, Version
 from flows.registries import registry_of, registry_place
 from flows.sources import named_lines
 from flows.workspace import (
@@ -88,12 +90,26 @@ def publish_champion(layout: Layout) -> Published:
             return Published(champion.id, is_known=False)
         _check_committable(layout)
         remote = push_data(layout, what="the model", kept="Nothing was committed")
-        files = [layout.dvc_lock, layout.raw_pointer, layout.raw_changes, layout.params]
-        names = [str(file.relative_to(layout.root)) for file in files if file.is_file()]
+        _copy_signature(layout, registry, champion)
+        files = [layout.dvc_lock, layout.raw_pointer, layout.raw_changes, layout.params, layout.published_signature]
+        names = [str(file.relative_to(layout.root)) for file in files if file.is_file() or _is_tracked(layout, file)]
         commit = commit_only(layout, names, f"Version {champion.id} of the model")
     tags = _tag(layout, champion)
     pushed = push_git(layout, *(f"refs/tags/{ARTIFACT}{mark}*" for mark in "@#"), kept="Commit and tags are made here")
     return Published(champion.id, remote, commit, tags, None if pushed is None else pushed.name)
+
+
+def _copy_signature(layout: Layout, registry: Registry, champion: Version) -> None:
+    """Puts the signature of a version where git takes it from; takes away one of another version."""
+    signature = registry.bundle(champion.id).directory / SIGNATURE
+    if signature.is_file():
+        write_bytes(layout.published_signature, signature.read_bytes())
+    else:
+        layout.published_signature.unlink(missing_ok=True)
+
+
+def _is_tracked(layout: Layout, file: Path) -> bool:
+    return bool(git(layout, "ls-files", "--", str(file.relative_to(layout.root))))
 
 
 def check_publishable(layout: Layout) -> None:

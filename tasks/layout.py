@@ -212,6 +212,11 @@ class Layout:
         return self.root / ".dvc" / "tmp" / "tanuki-compare"
 
     @property
+    def published_signature(self) -> Path:
+        """The signature of the published version, for git: data/bundle is DVC's, and was made before anybody signed."""
+        return self.data / "bundle.sig"
+
+    @property
     def registry_dir(self) -> Path:
         """Immutable model versions and the champion pointer. DVC never touches it."""
         return self.data / "registry"

@@ -13,6 +13,7 @@ import pytest
 from deploy.bundle import verify_bundle
 from deploy.errors import RegistryError
 from deploy.registry import Registry
+from deploy.signing import generate_keys, require_signature
 from flows.publication import Published, publish_champion
 from flows.workspace import WorkspaceError, exclusive, find_workspace
 from tasks.layout import Layout
@@ -94,15 +95,22 @@ def test_what_is_published_is_found_by_gto_and_fetched_by_dvc(
     upstream = tmp_path / "upstream.git"
     (layout.root / "mine.txt").write_text("not to be published")
     workspace.run("git", "add", "mine.txt")
+    public = generate_keys(tmp_path / "key")
+    Registry(layout.registry_dir).sign(1, tmp_path / "key")
     with exclusive(layout, "retrain"):  # as the flow does
         first = publish_champion(layout)
     assert (first.version, first.remote, first.pushed_to) == (1, "storage", "origin/main")
     assert first.tags == ("tanuki@v1.0.0", "tanuki#prod#1")
-    assert workspace.run("git", "show", "--name-only", "--format=", "HEAD").stdout.split() == ["dvc.lock"]
+    assert workspace.run("git", "show", "--name-only", "--format=", "HEAD").stdout.split() == [
+        "data/bundle.sig",
+        "dvc.lock",
+    ]
     assert upstream_tags(workspace, tmp_path) == ["tanuki#prod#1", "tanuki@v1.0.0"]
     fetched = tmp_path / "fetched"
     workspace.dvc("artifacts", "get", upstream, "tanuki", "--stage", "prod", "--out", fetched)
     assert verify_bundle(fetched).digest == Registry(layout.registry_dir).version(1).digest
+    workspace.dvc("get", upstream, "data/bundle.sig", "--rev", "tanuki#prod#1", "--out", fetched / "bundle.sig")
+    assert require_signature(verify_bundle(fetched), public)
     assert publish_champion(layout) == Published(1, pushed_to="origin/main")
     assert in_production(workspace, upstream) == "v1.0.0"
 
@@ -116,8 +124,12 @@ def test_each_change_of_champion_is_published(workspace: Workspace, layout: Layo
     write_colour_bundle(layout.root / "made", sharpness=8.0)
     assert "tagged tanuki@v1.0.0 and tanuki#prod#1, pushed to origin/main." in workspace.tanuki("publish").stderr
     champion(workspace, layout, 9.0)
+    (workspace.root / "data" / "bundle.sig").write_text("of another version")
+    workspace.run("git", "add", "data/bundle.sig")
+    workspace.run("git", "commit", "--quiet", "--message", "Another signature")
     assert publish_champion(layout).tags == ("tanuki@v2.0.0", "tanuki#prod#2")
     assert in_production(workspace, upstream) == "v2.0.0"
+    assert "data/bundle.sig" not in workspace.run("git", "ls-tree", "-r", "--name-only", "tanuki@v2.0.0").stdout
     told = workspace.tanuki("rollback", "--reason", "bad", "--publish")
     assert "Version 1 is champion again" in told.stdout
     assert "Published version 1: tagged tanuki#prod#3, pushed to origin/main." in told.stderr
