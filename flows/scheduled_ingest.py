@@ -54,7 +54,8 @@ def _ingest(
     refused = (
         f" {len(added.refused):,} were refused, the first: {': '.join(added.refused[0])}." if added.refused else ""
     )
-    return Completed(name="Ingested", message=f"{added.added:,} images added.{refused}{asked}")
+    known = f" {added.known:,} were there already." if added.known else ""
+    return Completed(name="Ingested", message=f"{added.added:,} images added.{known}{refused}{asked}")
 
 
 def _take(layout: Layout, inbox: str, settle_s: float, publish: bool) -> IngestReport | None:

@@ -14,7 +14,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows import promotion
+from flows import promotion, publication
 from flows.clones import Snapshot, adopt, borrow_clone, finish, prepare_clone, take_snapshot
 from flows.lease import SupersededError, take_lease
 from flows.promotion import Verdict
@@ -59,8 +59,9 @@ def _retrain(main: Layout, promote: bool, publish: bool, reason: str) -> State[A
     logger.info("retrain with lease %d, %s", lease.number, reason)
     with exclusive(main, "retrain by schedule", wait_s=PATIENCE_S):
         if idle := _why_idle(main, promote):
+            done = _publish_rest(main) if publish else ""
             record_retrain(main, start=start, end=time.time(), succeeded=True)
-            return Completed(name="Nothing to do", message=idle)
+            return Completed(name="Nothing to do", message=idle + done)
         snapshot = take_snapshot(main)
     with borrow_clone(main) as clone:
         logger.info("in the clone %s, at commit %s", clone.root, snapshot.commit[:8])
@@ -86,6 +87,14 @@ def _why_idle(main: Layout, promote: bool) -> str | None:
         champion = registry_of(main).champion_id()
         return f"Nothing changed since the last retrain; version {champion} stays champion."
     return None
+
+
+def _publish_rest(main: Layout) -> str:
+    """Publishes what an earlier run promoted and could not publish; what it did, in words."""
+    if registry_of(main).champion_id() is None:
+        return ""
+    published = publication.publish_champion(main)
+    return f" {published.text()}" if published.commit or published.tags else ""
 
 
 def _bring_back(main: Layout, clone: Layout, snapshot: Snapshot) -> None:

@@ -12,6 +12,7 @@ OWN_BUSINESS = re.compile(  # Prefect's talk of how it goes about it
     r"^Flow run '.*' - (Running \d+ deployment|Executing deployment|Deployment step|All deployment|View at)"
 )
 TOLD_ALREADY = "Engine execution exited with unexpected exception"  # of a run that failed with a message of its own
+TOO_LATE = "Run is already in terminal state"  # a sign of life came after the end, and was waited for in vain
 OF_MODULE = re.compile(r"^(?:flows|tasks|deploy)\.[\w.]+ - ")
 
 
@@ -47,7 +48,7 @@ def readable(part: str, line: str) -> str | None:
 
 
 def _of_server(line: str) -> str | None:
-    return line if SERIOUS.search(line) else None
+    return line if SERIOUS.search(line) and TOO_LATE not in line else None
 
 
 def _of_worker(line: str) -> str | None:

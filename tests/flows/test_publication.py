@@ -15,6 +15,7 @@ from deploy.errors import RegistryError
 from deploy.registry import Registry
 from deploy.signing import generate_keys, require_signature
 from flows.publication import Published, publish_champion
+from flows.scheduled_retrain import scheduled_retrain
 from flows.workspace import WorkspaceError, exclusive, find_workspace
 from tasks.layout import Layout
 from tests.conftest import Workspace, clone
@@ -73,6 +74,22 @@ def champion(workspace: Workspace, layout: Layout, sharpness: float) -> None:
     registry = Registry(layout.registry_dir)
     version = registry.register(layout.bundle_dir, {})
     registry.promote(version.id, reason="better", expected=registry.champion_id())
+
+
+def test_a_run_by_the_clock_with_nothing_to_do_publishes_what_an_earlier_one_could_not(
+    workspace: Workspace, layout: Layout, tmp_path: Path
+) -> None:
+    (layout.raw / "cat").mkdir(parents=True)
+    (layout.raw / "cat" / "a.png").write_bytes(b"")  # there are images; nothing here looks at them
+    (tmp_path / "storage").write_text("a file, so no folder of a remote")
+    failed = scheduled_retrain.fn(str(layout.root), publish=True)
+    assert (failed.name, "did not take the model" in str(failed.message)) == ("Failed", True)
+    (tmp_path / "storage").unlink()
+    first, second = (scheduled_retrain.fn(str(layout.root), publish=True) for _ in range(2))
+    assert {first.name, second.name} == {"Nothing to do"}
+    assert "Published version 1" in str(first.message)
+    assert "Published" not in str(second.message)
+    assert "tanuki@v1.0.0" in workspace.run("git", "ls-remote", "--tags", "origin").stdout
 
 
 def upstream_tags(workspace: Workspace, tmp_path: Path) -> list[str]:

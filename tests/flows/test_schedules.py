@@ -93,6 +93,12 @@ def test_a_wrong_address_is_refused_without_telling_its_secret(settings: UpSetti
             "04:16:47.659 | ERROR   | prefect.server - failed",
             "server  04:16:47.659 | ERROR   | prefect.server - failed",
         ),
+        (
+            "server",
+            "13:33:04.281 | WARNING | prefect.server.events.actions - Action failed: 'Failed to set state: Run is "
+            "already in terminal state COMPLETED.'",
+            None,
+        ),
         ("model", '{"level": "info", "message": "version 1 answers"}', "model   version 1 answers"),
         ("model", "tanuki: cannot listen", "model   tanuki: cannot listen"),
     ],
