@@ -33,6 +33,7 @@ from deploy.images import decode_image, decode_luma
 from deploy.machine import available_cores
 from tasks import index_images
 from tasks.data.image_files import list_images
+from tasks.data.image_store import open_images
 from tasks.layout import Layout
 from tasks.params import DataParams, IndexImagesParams
 
@@ -106,9 +107,10 @@ def seconds(work: Callable[[], None]) -> tuple[float, float]:
 
 def decode_all(layout: Layout, decode: Callable[[bytes], NDArray[np.uint8]]) -> None:
     """Reads and decodes every file."""
-    files = [layout.raw / image.path for image in list_images(layout.raw).images]
+    store = open_images(layout.raw)
+    paths = [image.path for image in store.listing().images]
     with ThreadPoolExecutor(available_cores()) as pool:
-        for _ in pool.map(lambda file: decode(file.read_bytes()).size, files):
+        for _ in pool.map(lambda path: decode(store.read_bytes(path)).size, paths):
             pass
 
 

@@ -202,7 +202,7 @@ def _see(
     """Known facts where they still hold under ``max_pixels``, else new ones."""
     looks: list[Look] = []
     for image in images:
-        data = store.file(image.path).read_bytes()
+        data = store.read_bytes(image.path)
         sha256 = sha256_bytes(data)
         facts = known.get(sha256)
         if facts is not None and facts.width * facts.height <= max_pixels:

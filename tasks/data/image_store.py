@@ -10,6 +10,7 @@ Images are read from within a shard by offset and nothing is unpacked. Safe to c
 written by flows.shards.
 """
 
+import io
 import json
 import os
 import re
@@ -54,6 +55,10 @@ class ImageStore(Protocol):
         """The image of a path as a listing gives it; one that is not there fails when it is read."""
         ...
 
+    def read_bytes(self, path: str) -> bytes:
+        """The bytes of an image of the listing; as of `file`, in half the time where many are read."""
+        ...
+
     def size_bytes(self, path: str) -> int:
         """Size of an image of the listing."""
         ...
@@ -71,6 +76,10 @@ class FolderImages:
 
     def file(self, path: str) -> Path:
         return self.root / path
+
+    def read_bytes(self, path: str) -> bytes:
+        with io.FileIO(f"{self.root}/{path}") as file:
+            return file.readall()
 
     def size_bytes(self, path: str) -> int:
         return (self.root / path).stat().st_size
@@ -166,6 +175,9 @@ class ShardImages:
 
     def file(self, path: str) -> Readable:
         return self.images.get(path, self.root / path)
+
+    def read_bytes(self, path: str) -> bytes:
+        return self.file(path).read_bytes()
 
     def size_bytes(self, path: str) -> int:
         return self.images[path].size_bytes

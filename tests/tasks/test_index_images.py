@@ -6,6 +6,8 @@ import shutil
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import imagehash
@@ -188,6 +190,23 @@ def test_blocks_stand_for_their_pixels_in_the_hash(factor: int) -> None:
     whole = lowest_frequencies(pixels.astype(np.float64), **sizes, factor=1)
     blocks = lowest_frequencies(reduced(pixels, factor).astype(np.float64), **sizes, factor=factor)
     np.testing.assert_allclose(blocks, whole, atol=0.002 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("size", [(512, 512), (511, 511), (511, 300), (300, 511), (257, 1), (1, 258), (600, 401)])
+def test_blocks_are_those_of_pillow(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    factor = -(-max(size) // 256)
+    np.testing.assert_array_equal(reduced(pixels, factor), np.asarray(Image.fromarray(pixels).reduce(factor)))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_pictures_that_are_looked_at_at_the_same_time_leave_each_other_alone(file_format: str) -> None:
+    """They share a thread's memory one after the other, and nothing at once."""
+    sides = [3, 20, 255, 256, 257, 300, 511, 512, 513, 700] * 4
+    files = [picture(number, side=side, file_format=file_format) for number, side in enumerate(sides)]
+    alone = [image_facts(data, max_pixels=10**6) for data in files]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(partial(image_facts, max_pixels=10**6), files * 5)) == alone * 5
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (2, 50), (181, 256), (256, 256)])
