@@ -167,7 +167,7 @@ def _affordable_steps(
             began = time.perf_counter()
         _descend(tuner, batch, pixels, train, scratch)
     step_s = (time.perf_counter() - began) / TIMED_STEPS
-    steps = min(settings.max_steps, max(MIN_STEPS, int(scratch.seconds / step_s)))
+    steps = max(MIN_STEPS, int(scratch.seconds / step_s))
     logger.info("stage %s: %.1f steps a second, so %d in %.0f s", SCRATCH, 1 / step_s, steps, scratch.seconds)
     return steps
 

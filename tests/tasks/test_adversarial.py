@@ -426,7 +426,7 @@ def test_what_ships_is_attacked_on_test_images_and_hardly_withstands(attackable:
 @pytest.mark.slow
 def test_auto_attack_is_stronger_than_pgd_and_its_queries_are_no_stronger_than_gradients(target: Target) -> None:
     pytest.importorskip("art", reason="the optional extra robust is not installed")
-    few = dataclasses.replace(target, images=target.images[:20], labels=target.labels[:20])
+    few = dataclasses.replace(target, images=target.images[:8], labels=target.labels[:8])
     settings = {"epsilon": EPSILON, "seed": 0, "square_queries": 200}
     state = np.random.get_state()[1].copy()
     found = auto_attack(few.model, few.images, few.labels, **settings)

@@ -634,10 +634,10 @@ def test_each_epoch_is_in_the_curves_and_seconds_are_told_apart(layout: Layout, 
 
 
 def test_from_scratch_starts_from_random_weights_and_is_taken_as_it_is(layout: Layout, repository: Path) -> None:
-    report = run(layout, repository, stages=("scratch",), scratch=scratch_of(repository, 1.0))
+    report = run(layout, repository, stages=("scratch",), scratch=scratch_of(repository, 1.0), max_steps=10)
     (record,) = report.stages
     assert report.kept == ("scratch",)
-    assert record.steps >= 20
+    assert record.steps >= 20, "its limit is seconds, so that it gets as long as others"
     assert record.num_parameters == sum(each.numel() for each in load_trunk(layout).parameters()) + 10 * (
         read_card(layout.backbone_card).feature_dim + 1
     )
