@@ -1,19 +1,21 @@
 """What do features cost, against the machine's own limits and against the tutorials' way?
 
-    python -m benchmarks.features                      # all of it, some minutes
+    python -m benchmarks.features                      # all of it, a quarter of an hour on two cores
     python -m benchmarks.features rate retrain --photos 400
 
-Prints a markdown table a question, ratios of what ran side by side:
+Prints a markdown table a question, ratios of what ran by turns, the median of the turns:
 
 - rate: cache_features from JPEGs of 500x375 px over the rate at which its engine runs on tensors that lie ready, and
-  over the bound that decode, resize and forward of an image set on the same cores;
-- tutorial: ten epochs of head training as tutorials do it (eager PyTorch, a DataLoader, the trunk in every epoch);
+  over the bound that decode, resize and forward of an image set on the same cores; a run that finds nothing new is
+  taken off, so that what does not grow with the images is not told of as a rate;
+- tutorial: ten epochs of head training as tutorials do it (eager PyTorch, a DataLoader, the trunk in every epoch; its
+  start-up is left out) over cache_features and train_head in new processes (their start-up is not);
 - retrain: after +1 % and +10 % new images, in new processes, over start-up plus the same share of a cold run;
 - growth: seconds and peak memory against the number of images, copies with one pixel changed;
 - fidelity: of each engine that runs here against onnxruntime, and the accuracy of probes on their features.
 
 Weights and photos lie in $TANUKI_MATERIAL (default ../shared/material). Other work on the machine moves wall times;
-where a column says CPU, it is the ratio of processor seconds, which it moves less.
+what CPU stands at is of processor seconds, which it moves less.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import argparse
 import importlib.util
 import io
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -58,6 +61,7 @@ SETS = ("trashnet6_dev", "grocery8")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "size_px": 224, "crop_fraction": 0.875}
 EPOCHS = 10
 BATCHES = (1, 8, 32)
+WHOSE = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 SPLITS: tuple[Split, ...] = ("train", "train", "train", "val", "test")
 
 
@@ -66,8 +70,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.features", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"of {', '.join(questions)} (default: all)")
     parser.add_argument("--photos", type=int, default=300)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tutorial-epochs", type=int, default=2, help=f"that are run; the table has {EPOCHS} of them")
+    parser.add_argument("--tutorial-photos", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=3, help="turns of which the median is told")
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 5000, 20_000], help="numbers of images of growth")
     arguments = parser.parse_args()
     if unknown := set(arguments.questions) - set(questions):
@@ -80,19 +84,26 @@ def main() -> None:
 
 def rate(scratch: Path, arguments: argparse.Namespace) -> str:
     lines = [
-        "| images/s | forward | decode, resize | bound of both | cache_features | of forward | of the bound | CPU |",
+        "| images/s | forward | decode, resize | cache_features "
+        "| CPU: bound of forward | CPU: of forward | of the bound | CPU |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for architecture in ("mobilenet_v2", "resnet18"):
         layout = workspace(scratch / architecture, architecture, arguments.photos)
         turns = rate_turns(layout, arguments.repeats)
-        forward, show, whole = (min(column, key=lambda spent: spent.wall_s) for column in zip(*turns, strict=True))
-        ratios = [(forward.wall_s + show.wall_s) / whole.wall_s for forward, show, whole in turns]
-        cpu = [(forward.cpu_s + show.cpu_s) / whole.cpu_s for forward, show, whole in turns]
+        rates = [1 / medians(column).wall_s for column in zip(*turns, strict=True)]
+        ratios = [
+            (
+                forward.cpu_s / (forward.cpu_s + show.cpu_s),
+                forward.cpu_s / stage.cpu_s,
+                (forward.wall_s + show.wall_s) / stage.wall_s,
+                (forward.cpu_s + show.cpu_s) / stage.cpu_s,
+            )
+            for forward, show, stage in turns
+        ]
         lines.append(
-            f"| {architecture} | {1 / forward.wall_s:.0f} | {1 / show.wall_s:.0f} "
-            f"| {1 / (forward.wall_s + show.wall_s):.0f} | {1 / whole.wall_s:.0f} "
-            f"| {forward.wall_s / whole.wall_s:.2f} | {statistics.median(ratios):.2f} | {statistics.median(cpu):.2f} |"
+            f"| {architecture} | {' | '.join(f'{each:.0f}' for each in rates)} "
+            f"| {' | '.join(f'{statistics.median(column):.2f}' for column in zip(*ratios, strict=True))} |"
         )
     return "\n".join(lines)
 
@@ -112,25 +123,31 @@ def rate_turns(layout: Layout, repeats: int) -> list[tuple[Spent, Spent, Spent]]
 
     def stage() -> Spent:
         shutil.rmtree(layout.features_dir, ignore_errors=True)
-        return timed(lambda: extract(layout), len(files))
+        whole = timed(lambda: extract(layout), len(files))
+        return whole - timed(lambda: extract(layout), len(files))
 
     best = min(BATCHES, key=lambda size: forward(size, len(files) // 2).cpu_s)
     return [(forward(best, len(files)), timed(lambda: each(show, files), len(files)), stage()) for _ in range(repeats)]
 
 
 def tutorial(scratch: Path, arguments: argparse.Namespace) -> str:
-    layout = workspace(scratch, "mobilenet_v2", arguments.photos)
-    seconds = tutorial_seconds(layout, arguments.tutorial_epochs) / arguments.tutorial_epochs * EPOCHS
-    ours = run_stages(layout, views=1).wall_s
+    layout = workspace(scratch, "mobilenet_v2", arguments.tutorial_photos)
+    turns = []
+    for _ in range(arguments.repeats):
+        shutil.rmtree(layout.features_dir, ignore_errors=True)
+        turns.append((tutorial_epoch(layout), run_stages(layout, views=1)))
+    epoch, ours = map(medians, zip(*turns, strict=True))
+    ratios = [EPOCHS * theirs / mine for theirs, mine in zip(epoch.seconds, ours.seconds, strict=True)]
     return (
-        f"| {arguments.photos} photos, mobilenet_v2, one view | s |\n|---|---|\n"
-        f"| {EPOCHS} epochs the tutorials' way | {seconds:.1f} |\n"
-        f"| cache_features and train_head, start-up included | {ours:.1f} |\n| ratio | {seconds / ours:.1f} |"
+        f"| {arguments.tutorial_photos} photos, mobilenet_v2, one view | s | CPU s |\n|---|---|---|\n"
+        f"| {EPOCHS} epochs the tutorials' way | {EPOCHS * epoch.wall_s:.0f} | {EPOCHS * epoch.cpu_s:.0f} |\n"
+        f"| cache_features and train_head, start-up included | {ours.wall_s:.1f} | {ours.cpu_s:.1f} |\n"
+        f"| ratio | {ratios[0]:.1f} | {ratios[1]:.1f} |"
     )
 
 
-def tutorial_seconds(layout: Layout, epochs: int) -> float:
-    """Trains a head as tutorials do: the trunk runs eagerly on every image in every epoch."""
+def tutorial_epoch(layout: Layout) -> Spent:
+    """An epoch of training a head as tutorials do: the trunk runs eagerly on every image."""
     import torch
     from safetensors.torch import load_file
     from torchvision import transforms
@@ -162,52 +179,59 @@ def tutorial_seconds(layout: Layout, epochs: int) -> float:
             return show(Image.open(layout.raw / row["path"]).convert("RGB")), labels.index(row["label"])
 
     loader = torch.utils.data.DataLoader(Photos(), batch_size=32, shuffle=True, num_workers=available_cores())
-    start = time.perf_counter()
-    for _ in range(epochs):
+
+    def epoch() -> None:
         for images, targets in loader:
             with torch.no_grad():
                 features = network(images)
             optimiser.zero_grad()
             torch.nn.functional.cross_entropy(head(features), targets).backward()
             optimiser.step()
-    return time.perf_counter() - start
+
+    return timed(epoch, 1)
 
 
 def retrain(scratch: Path, arguments: argparse.Namespace) -> str:
     layout = workspace(scratch, "mobilenet_v2", arguments.photos)
     cold = run_stages(layout)
-    nothing = min((run_stages(layout) for _ in range(arguments.repeats)), key=lambda spent: spent.wall_s)
     lines = [
         "| cache_features and train_head, new processes | s | CPU s | over start-up and share | CPU |",
         "|---|---|---|---|---|",
         f"| cold, {arguments.photos} photos | {cold.wall_s:.1f} | {cold.cpu_s:.1f} | | |",
-        f"| nothing new | {nothing.wall_s:.1f} | {nothing.cpu_s:.1f} | | |",
     ]
     total = arguments.photos
     for share in (0.01, 0.1):
         new = max(1, round(share * arguments.photos))
-        put_photos(layout, new, start=total)
-        total += new
-        spent = run_stages(layout)
-        expected = [
-            start + new / arguments.photos * (all_ - start)
-            for start, all_ in ((nothing.wall_s, cold.wall_s), (nothing.cpu_s, cold.cpu_s))
+        turns = []
+        for _ in range(arguments.repeats):
+            nothing = run_stages(layout)
+            put_photos(layout, new, start=total)
+            total += new
+            turns.append((nothing, run_stages(layout)))
+        nothing, more = map(medians, zip(*turns, strict=True))
+        bound = [a + new / arguments.photos * (b - a) for a, b in zip(nothing.seconds, cold.seconds, strict=True)]
+        lines += [
+            f"| nothing new | {nothing.wall_s:.1f} | {nothing.cpu_s:.1f} | | |",
+            f"| +{share:.0%}, {new} photos | {more.wall_s:.1f} | {more.cpu_s:.1f} "
+            f"| {more.wall_s / bound[0]:.2f} | {more.cpu_s / bound[1]:.2f} |",
         ]
-        ratios = f"{spent.wall_s / expected[0]:.2f} | {spent.cpu_s / expected[1]:.2f}"
-        lines.append(f"| +{share:.0%}, {new} photos | {spent.wall_s:.1f} | {spent.cpu_s:.1f} | {ratios} |")
     return "\n".join(lines)
 
 
 def growth(scratch: Path, arguments: argparse.Namespace) -> str:
-    lines = ["| images of 32 px | s | CPU ms an image | peak MB |", "|---|---|---|---|"]
+    lines = ["| images of 32 px | s | CPU s | CPU ms an image more | peak MB |", "|---|---|---|---|---|"]
+    count_before, cpu_before = 0, 0.0
     for count in arguments.rows:
         layout = Layout(scratch / str(count))
         put_backbone(layout, BackboneParams(**NOTHING | {"source": "embedded:glyphs_mobilenet_v3_small"}))
         put_copies(layout, count)
         spent = run_stage(layout, "cache_features", {"features.views": 1})
+        slope = 1e3 * (spent.cpu_s - cpu_before) / (count - count_before)
         lines.append(
-            f"| {count:,} | {spent.wall_s:.1f} | {1e3 * spent.cpu_s / count:.2f} | {spent.peak_bytes / 1e6:.0f} |"
+            f"| {count:,} | {spent.wall_s:.1f} | {spent.cpu_s:.1f} "
+            f"| {f'{slope:.2f}' if count_before else ''} | {spent.peak_bytes / 1e6:.0f} |"
         )
+        count_before, cpu_before = count, spent.cpu_s
     return "\n".join(lines)
 
 
@@ -343,15 +367,30 @@ class Spent:
     cpu_s: float
     peak_bytes: int = 0
 
+    @property
+    def seconds(self) -> tuple[float, float]:
+        return self.wall_s, self.cpu_s
+
+    def __sub__(self, other: Spent) -> Spent:
+        return Spent(self.wall_s - other.wall_s, self.cpu_s - other.cpu_s)
+
     def __add__(self, other: Spent) -> Spent:
         return Spent(self.wall_s + other.wall_s, self.cpu_s + other.cpu_s, max(self.peak_bytes, other.peak_bytes))
 
 
+def medians(turns: Iterable[Spent]) -> Spent:
+    return Spent(*(statistics.median(column) for column in zip(*(spent.seconds for spent in turns), strict=True)))
+
+
 def timed(work: Callable[[], object], count: int) -> Spent:
-    """Of work in this process, an image of ``count``."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    """Of work in this process and those that it starts and ends, an image of ``count``."""
+    wall, cpu = time.perf_counter(), cpu_seconds()
     work()
-    return Spent((time.perf_counter() - wall) / count, (time.process_time() - cpu) / count)
+    return Spent((time.perf_counter() - wall) / count, (cpu_seconds() - cpu) / count)
+
+
+def cpu_seconds() -> float:
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, WHOSE))
 
 
 def each(call: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
