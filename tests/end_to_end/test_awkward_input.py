@@ -115,14 +115,19 @@ def test_what_can_be_decoded_is_learnt_from_and_the_rest_is_named_with_a_reason(
     assert all(left_out)
 
 
-def test_the_prefect_run_shows_what_was_left_out_and_links_the_data_docs(awkward: Workspace, summary: dict) -> None:
+def test_the_prefect_run_shows_what_was_left_out_what_the_gate_said_and_links_the_data_docs(
+    awkward: Workspace, summary: dict
+) -> None:
     with closing(sqlite3.connect(awkward.prefect_home / "prefect.db")) as database:
-        artifacts = dict(database.execute("select key, data from artifact order by created").fetchall())
+        rows = database.execute("select key, data from artifact order by created").fetchall()
+    artifacts = dict(rows)
     picture = json.loads(artifacts["data-quarantine"]).removeprefix("data:image/jpeg;base64,")
     with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
         assert image.width > 100
     assert "validation/docs/index.html" in artifacts["data-docs"]
     assert "num_quarantined" in artifacts["data-validation"]
+    decisions = [json.loads(data).strip("`").removeprefix("json") for key, data in rows if key == "retrain-decision"]
+    assert summary["decision"] in map(json.loads, decisions)
 
 
 def test_the_champion_answers_what_it_can_and_names_what_it_cannot(awkward: Workspace, summary: dict) -> None:
