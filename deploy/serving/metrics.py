@@ -71,6 +71,9 @@ class Metrics:
             "tanuki_compared_distance", "Total variation distance of two versions' answers to a picture.", pair,
             buckets=SHARES, registry=registry,
         )  # fmt: skip
+        self._stopped = Counter(
+            "tanuki_second_stopped", "Second versions that failed too often to go on.", ["version"], registry=registry
+        )
         for outcome in ("swapped", "refused"):
             self._reloads.labels(outcome)
         Gauge("tanuki_waiting_pictures", "Pictures that wait or are worked on.", registry=registry).set_function(
@@ -109,6 +112,10 @@ class Metrics:
         self._compared.labels(champion, challenger, fate).inc()
         if fate in ("same", "other"):
             self._distance.labels(champion, challenger).observe(distance)
+
+    def stopped(self, version: int) -> None:
+        """Counts a second version that is asked no more."""
+        self._stopped.labels(version).inc()
 
     def captured(self, fate: str, rows: int) -> None:
         """Counts answers that were kept for drift, or dropped."""
