@@ -1,184 +1,341 @@
 """What the server costs over onnxruntime itself: both in turns, window by window, so that others fall on both alike.
 
-    python -m benchmarks.serving                        # mobilenet_v3_small of random weights at 224 px; needs torch
-    python -m benchmarks.serving --registry DIR         # the champion of a registry instead
-    python -m benchmarks.serving --soak 600             # memory at saturation for ten minutes, then 4x overload
+    python -m benchmarks.serving                          # all sections but the long ones, and Triton
+    python -m benchmarks.serving --only shares overload   # some
+    python -m benchmarks.serving --only soak --soak 600   # ten minutes at saturation
+    python -m benchmarks.serving --only triton --triton-python ENV/bin/python   # see benchmarks/triton_server.py
 
-prints a markdown table of medians. "share" is the server's answers a second over those of onnxruntime in the window
-before, on as many threads; where the client is another process on the same cores, both cannot reach 1. "CPU" is the
-processor time of an answer, which stays comparable on a busy machine; compare that between two days, never the rates.
+A network of random weights at 224 px, which needs torch to be made; wrk and h2load (Debian: wrk, nghttp2-client) ask.
+"share" is the server's answers a second over those of onnxruntime in the window before, on as many threads; where the
+client is another process on the same cores, both cannot reach 1. "CPU" is the processor time of an answer, which stays
+comparable on a busy machine; compare that between two days, never the rates. All numbers are medians over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import io
 import json
+import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 from PIL import Image
 
-from deploy.bundle import BundleFacts, write_bundle
+from benchmarks.serving_clients import Request, Window, ask, h2load, wrk
+from deploy.bundle import Bundle, BundleFacts, write_bundle
 from deploy.images import decode_image
 from deploy.machine import available_cores
 from deploy.predictor import Predictor
 from deploy.registry import Registry
 from deploy.serving.batcher import MAX_BATCH
+from deploy.serving.grpc_messages import INFERENCE, message_classes
 from deploy.serving.inference_protocol import pack_bytes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SOAK_CLIENTS = 32
-PAYLOADS = ("pixels", "jpeg", "predict")
+CLIENTS = 32
+PICTURE, PHOTO = (224, 224), (500, 375)
+LENGTH = "inference-header-content-length"
+FUZZ_REQUESTS = 100_000
+REGISTRY_WAIT_S = 30
 
 
 @dataclass(frozen=True)
-class Window:
-    """A few seconds of answers.
+class Bench:
+    """What the sections share.
 
     Args:
-        rate: Answers a second.
-        cpu_ms: Processor time of an answer.
-        latencies_ms: Of each answer; none for onnxruntime itself.
-        refused: Requests that were told to come again later (429).
+        folder: For files.
+        rounds: Windows of each kind.
+        seconds: Length of a window.
+        arguments: Of the command line.
     """
 
-    rate: float
-    cpu_ms: float
-    latencies_ms: tuple[float, ...] = ()
-    refused: int = 0
+    folder: Path
+    rounds: int
+    seconds: float
+    arguments: argparse.Namespace
+
+    @property
+    def root(self) -> Path:
+        """A registry with two versions of mobilenet_v3_small, the first of them champion; made when first needed."""
+        root = self.arguments.registry or self.folder / "registry"
+        return root if root.is_dir() else make_registry(self.folder, "mobilenet_v3_small", versions=2)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["client"]:
-        run_client(*sys.argv[2:])
-        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--registry", type=Path)
-    parser.add_argument("--architecture", default="mobilenet_v3_small")
-    parser.add_argument("--size-px", type=int, default=224)
-    parser.add_argument("--picture", type=int, nargs=2, default=(224, 224), metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--payloads", nargs="+", choices=PAYLOADS, default=PAYLOADS)
-    parser.add_argument("--clients", type=int, nargs="+", default=(1, 8, 32))
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=QUICK)
+    parser.add_argument("--registry", type=Path, help="measure its champion instead; for reload it needs two versions")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2)
-    parser.add_argument("--soak", type=float, metavar="SECONDS")
-    parser.add_argument("--options", nargs="+", default=(), help="the server's, each as --name=value", metavar="OPTION")
+    parser.add_argument("--soak", type=float, default=60, metavar="SECONDS")
+    parser.add_argument("--moves", type=int, default=100, help="promotions and rollbacks")
+    parser.add_argument("--triton-python", type=Path, help="of an environment with nvidia-pytriton and onnxruntime")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        root = arguments.registry or make_registry(folder, arguments.architecture, arguments.size_px)
-        picture = draw(*arguments.picture)
-        for payload in arguments.payloads:
-            (folder / payload).write_bytes(request_of(payload, picture))
-        if arguments.soak is not None:
-            print(soak(root, folder, arguments.payloads[0], arguments.soak, arguments.seconds))
-            return
-        with serving(root, folder, *arguments.options) as (port, server):
-            rows = measure(root, folder, picture, port, server, arguments)
-    print(rows)
+        bench = Bench(Path(scratch), arguments.rounds, arguments.seconds, arguments)
+        for section in arguments.only:
+            print(f"\n## {section}\n", flush=True)
+            print(SECTIONS[section](bench), flush=True)
+    print(f"\n{available_cores()} cores")
 
 
-def soak(root: Path, folder: Path, payload: str, seconds: float, window_s: float) -> str:
-    """Saturation for a while, and then four times what the server can do; what memory and latencies did.
+def shares(bench: Bench) -> str:
+    """The binary extension, uint8 pixels."""
+    with serving(bench.root, bench.folder) as (ports, server):
+        client = partial(wrk, pixels_request(draw(*PICTURE)), ports[0], server)
+        return compared(bench, client, (1, 8, CLIENTS), decodes=None)
+
+
+def jpeg(bench: Bench) -> str:
+    """Encoded pictures, small and of a photo's size."""
+    tables = []
+    with serving(bench.root, bench.folder) as (ports, server):
+        for size in (PICTURE, PHOTO):
+            picture = draw(*size)
+            client = partial(wrk, encoded_request(picture), ports[0], server)
+            tables.append(f"{size[0]} x {size[1]}, {len(picture)} bytes\n")
+            tables.append(compared(bench, client, (CLIENTS,), decodes=picture))
+    return "\n".join(tables)
+
+
+def resnet18(bench: Bench) -> str:
+    """A network that takes 15 times as long."""
+    root = make_registry(bench.folder / "resnet18", "resnet18")
+    with serving(root, bench.folder) as (ports, server):
+        client = partial(wrk, pixels_request(draw(*PICTURE)), ports[0], server)
+        return compared(bench, client, (8, CLIENTS), decodes=None, root=root)
+
+
+def grpc(bench: Bench) -> str:
+    """The same pixels over gRPC."""
+    message = grpc_message(draw(*PICTURE))
+    with serving(bench.root, bench.folder, "--grpc-port", "0") as (ports, server):
+        check_grpc(message, ports[1])
+        return compared(bench, partial(h2load, message, ports[1], server), (1, 8, CLIENTS), decodes=None)
+
+
+def triton(bench: Bench) -> str:
+    """Triton itself, and this server, both in turns."""
+    if bench.arguments.triton_python is None:
+        return "left out: --triton-python names no environment"
+    request = pixels_request(draw(*PICTURE))
+    bundle = champion(bench.root).directory
+    with serving(bench.root, bench.folder) as (ports, server), tritonserver(bench, bundle) as (port, other):
+        ours = compared(bench, partial(wrk, request, ports[0], server), (1, 8, CLIENTS), decodes=None)
+        rows = [f"This server:\n\n{ours}\n\nBoth, in turns:\n"]
+        rows += [
+            "| clients | this /s | Triton /s | this / Triton | this p99 ms | Triton p99 ms |",
+            "|---|---|---|---|---|---|",
+        ]
+        for clients in (1, 8, CLIENTS):
+            found = [
+                (
+                    wrk(request, ports[0], server, clients, bench.seconds),
+                    wrk(request, port, other, clients, bench.seconds),
+                )
+                for _ in range(bench.rounds)
+            ]
+            rows.append(
+                f"| {clients} | {of(found, lambda w: w[0].rate):.0f} | {of(found, lambda w: w[1].rate):.0f} "
+                f"| {of(found, lambda w: w[0].rate / w[1].rate):.2f} | {of(found, lambda w: w[0].p99_ms):.0f} "
+                f"| {of(found, lambda w: w[1].p99_ms):.0f} |"
+            )
+    return "\n".join(rows)
+
+
+def reload(bench: Bench) -> str:
+    """Promotions and rollbacks under load, between calm windows; every answer fits the version that it names."""
+    registry, picture = Registry(bench.root), draw(*PICTURE)
+    expected = {str(version.id): probabilities(registry, version.id, picture) for version in registry.versions()[:2]}
+    calm: list[Window] = []
+    moving: list[Window] = []
+    memory: list[float] = []
+    moves = 0
+    with serving(bench.root, bench.folder, "--watch-s", "0.05") as (ports, server):
+        client = partial(ask, pixels_request(picture), ports[0], server, CLIENTS, expected=expected)
+        client(bench.seconds)
+        while moves < bench.arguments.moves and len(moving) < bench.arguments.moves:
+            calm.append(client(bench.seconds))
+            with moved_about(registry, ports[0]) as moved:
+                moving.append(client(bench.seconds))
+            moves += len(moved)
+            memory.append(server.memory_info().rss / 2**20)
+    answers = Counter[str]()
+    for window in moving:
+        answers.update(dict(window.versions))
+    ratio = of(list(zip(calm, moving, strict=True)), lambda pair: pair[1].p99_ms / pair[0].p99_ms)
+    third = max(1, len(memory) // 3)
+    before, after = statistics.median(memory[:third]), statistics.median(memory[-third:])
+    return (
+        f"{moves} promotions and rollbacks under load, {answers.total()} answers meanwhile, none failed, none of "
+        f"another version than it named {dict(answers)}; p99 {of(calm, lambda w: w.p99_ms):.0f} ms calm, "
+        f"{of(moving, lambda w: w.p99_ms):.0f} ms moving, {ratio:.2f} times; memory {before:.1f} MiB in the first "
+        f"third, {after:.1f} in the last"
+    )
+
+
+def soak(bench: Bench) -> str:
+    """Saturation for a while: what memory and latencies did."""
+    memory: list[float] = []
+    windows: list[Window] = []
+    with serving(bench.root, bench.folder) as (ports, server):
+        client = partial(wrk, pixels_request(draw(*PICTURE)), ports[0], server, CLIENTS)
+        client(bench.seconds)
+        until = time.monotonic() + bench.arguments.soak
+        while time.monotonic() < until:
+            windows.append(client(min(10, max(1, until - time.monotonic()))))
+            memory.append(server.memory_info().rss / 2**20)
+    third = max(1, len(memory) // 3)
+    early, late = statistics.median(memory[:third]), statistics.median(memory[-third:])
+    return (
+        f"{sum(window.answers for window in windows)} answers in {bench.arguments.soak:.0f} s, "
+        f"{of(windows, lambda w: w.rate):.0f} a second, CPU {of(windows, lambda w: w.cpu_ms):.2f} ms each, p99 "
+        f"{of(windows[:third], lambda w: w.p99_ms):.0f} ms in the first third, "
+        f"{of(windows[-third:], lambda w: w.p99_ms):.0f} in the last; memory {early:.1f} MiB in the first third, "
+        f"{late:.1f} in the last, {max(memory):.1f} at most"
+    )
+
+
+def overload(bench: Bench) -> str:
+    """Four times what the server can do.
 
     The overloaded server is asked by four times as many clients as it lets wait, each at its own pace: so often that
     all of them together ask four times as much as was answered at saturation.
     """
-    memory: list[float] = []
-    at_rest, many = SOAK_CLIENTS, 4 * SOAK_CLIENTS
-    with serving(root, folder, f"--max-waiting={at_rest}", f"--max-pictures={at_rest}") as (port, server):
-        request = folder / payload
-        asked(request, port, server, at_rest, window_s)
-        until = time.monotonic() + seconds
-        calm: list[Window] = []
-        while time.monotonic() < until:
-            calm.append(asked(request, port, server, at_rest, min(window_s, max(0.1, until - time.monotonic()))))
-            memory.append(server.memory_info().rss / 2**20)
-        rate = statistics.median(window.rate for window in calm)
+    many = 4 * CLIENTS
+    with serving(bench.root, bench.folder, f"--max-waiting={CLIENTS}", f"--max-pictures={CLIENTS}") as (ports, server):
+        client = partial(ask, pixels_request(draw(*PICTURE)), ports[0], server)
+        rate = client(CLIENTS, bench.seconds).rate
         rounds = [
-            (
-                asked(request, port, server, at_rest, window_s),
-                asked(request, port, server, many, window_s, period_s=many / (4 * rate)),
-            )
-            for _ in range(5)
+            (client(CLIENTS, bench.seconds), client(many, bench.seconds, period_s=many / (4 * rate)))
+            for _ in range(bench.rounds)
         ]
-        after = server.memory_info().rss / 2**20
-    third = max(1, len(memory) // 3)
-    p99 = [
-        [float(np.quantile(window.latencies_ms, 0.99)) for window in windows] for windows in zip(*rounds, strict=True)
-    ]
-    refused = [window.refused / (window.refused + len(window.latencies_ms)) for _, window in rounds]
-    return "\n".join(
-        [
-            f"{sum(len(window.latencies_ms) for window in calm)} answers in {seconds:.0f} s, {rate:.0f} a second",
-            f"memory {statistics.median(memory[:third]):.1f} MiB in the first third, "
-            f"{statistics.median(memory[-third:]):.1f} in the last, {after:.1f} after the overload",
-            f"p99 {statistics.median(p99[0]):.0f} ms with {at_rest} clients; asked four times as much, "
-            f"{statistics.median(p99[1]):.0f} ms of those answered, {statistics.median(refused):.0%} told 429",
-        ]
+    refused = of(rounds, lambda pair: pair[1].refused / (pair[1].refused + pair[1].answers))
+    return (
+        f"p99 {of(rounds, lambda pair: pair[0].p99_ms):.0f} ms with {CLIENTS} clients; asked four times as much, "
+        f"{of(rounds, lambda pair: pair[1].p99_ms):.0f} ms of those answered "
+        f"({of(rounds, lambda pair: pair[1].p99_ms / pair[0].p99_ms):.2f} times), {refused:.0%} told 429"
     )
 
 
-def measure(
-    root: Path, folder: Path, picture: bytes, port: int, server: psutil.Process, arguments: argparse.Namespace
-) -> str:
-    """A table's text: onnxruntime and the server in turns."""
-    cases = [(payload, clients) for payload in arguments.payloads for clients in arguments.clients]
+def memory(bench: Bench) -> str:
+    """How soon it is ready, and how large after load."""
+    ready, sizes = [], []
+    for _ in range(bench.rounds):
+        start = time.perf_counter()
+        with serving(bench.root, bench.folder) as (ports, server):
+            used = sum(server.cpu_times()[:2])
+            ready.append((time.perf_counter() - start, used))
+            wrk(pixels_request(draw(*PICTURE)), ports[0], server, CLIENTS, bench.seconds)
+            sizes.append(server.memory_info().rss / 2**20)
+    return (
+        f"ready after {of(ready, lambda each: each[0]):.2f} s ({min(each[0] for each in ready):.2f} at best), of which "
+        f"{of(ready, lambda each: each[1]):.2f} s processor time; {of(sizes, float):.1f} MiB after {CLIENTS} clients"
+    )
+
+
+def fuzz(bench: Bench) -> str:  # noqa: ARG001
+    """The mutated requests of tests/deploy/serving/test_fuzz.py, all of them."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-rP", "-m", "slow", "tests/deploy/serving/test_fuzz.py"]
+    environment = {**os.environ, "TANUKI_FUZZ_REQUESTS": str(FUZZ_REQUESTS)}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if run.returncode:
+        raise RuntimeError(run.stdout)
+    return next(line for line in run.stdout.splitlines() if " requests: " in line)
+
+
+SECTIONS: dict[str, Callable[[Bench], str]] = {
+    each.__name__: each for each in (shares, jpeg, resnet18, grpc, triton, reload, soak, overload, memory, fuzz)
+}
+QUICK = ("shares", "jpeg", "resnet18", "grpc", "overload", "memory")
+
+
+def of(windows: list[Any], value: Callable[[Any], float]) -> float:
+    """Median over windows."""
+    return statistics.median(map(value, windows))
+
+
+def champion(root: Path) -> Bundle:
+    """The champion's bundle."""
     registry = Registry(root)
-    with Predictor(registry.bundle(registry.require_champion().id), threads=1) as predictor:
-        raw(predictor, picture, seconds=1, with_decoding=True)
-        found = {case: [] for case in cases}
-        for _ in range(arguments.rounds):
-            for payload, clients in cases:
-                bare = raw(predictor, picture, seconds=arguments.seconds, with_decoding=payload != "pixels")
-                served = asked(folder / payload, port, server, clients, arguments.seconds)
-                found[payload, clients].append((bare, served))
+    return registry.bundle(registry.require_champion().id)
+
+
+def compared(
+    bench: Bench,
+    client: Callable[[int, float], Window],
+    clients: tuple[int, ...],
+    *,
+    decodes: bytes | None,
+    root: Path | None = None,
+) -> str:
+    """A table's text: onnxruntime and a server in turns."""
+    rows = {number: [] for number in clients}
+    with Predictor(champion(root or bench.root), threads=1) as predictor:
+        image = decode_image(draw(*PICTURE)) if decodes is None else decodes
+        raw(predictor, image, seconds=1)
+        client(CLIENTS, 1)
+        for _ in range(bench.rounds):
+            for number in clients:
+                bare = raw(predictor, image, seconds=bench.seconds)
+                alone = latency_ms(predictor, image, seconds=0.3)
+                rows[number].append((bare, alone, client(number, bench.seconds)))
     lines = [
-        "| payload | clients | onnxruntime /s | server /s | share | p50 ms | p99 ms | CPU ms | above onnxruntime, ms |",
+        "| clients | raw /s | server /s | share | raw alone p50 ms | p50 ms | p99 ms | CPU ms | above raw ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (payload, clients), windows in found.items():
-        lines.append(f"| {payload} | {clients} | {' | '.join(cells(windows))} |")
-    memory = server.memory_info().rss / 2**20
-    return "\n".join([*lines, "", f"{available_cores()} cores, server memory {memory:.0f} MiB"])
+    for number, found in rows.items():
+        values = (
+            f"{of(found, lambda w: w[0].rate):.0f}",
+            f"{of(found, lambda w: w[2].rate):.0f}",
+            f"{of(found, lambda w: w[2].rate / w[0].rate):.2f}",
+            f"{of(found, lambda w: w[1]):.1f}",
+            f"{of(found, lambda w: w[2].p50_ms):.1f}",
+            f"{of(found, lambda w: w[2].p99_ms):.1f}",
+            f"{of(found, lambda w: w[2].cpu_ms):.2f}",
+            f"{of(found, lambda w: w[2].cpu_ms - w[0].cpu_ms):.2f}",
+        )
+        lines.append(f"| {number} | {' | '.join(values)} |")
+    return "\n".join(lines)
 
 
-def cells(windows: list[tuple[Window, Window]]) -> list[str]:
-    """Medians over the rounds."""
-    median = statistics.median
-    latencies = [np.quantile(served.latencies_ms, (0.5, 0.99)) for _, served in windows]
-    return [
-        f"{median(bare.rate for bare, _ in windows):.0f}",
-        f"{median(served.rate for _, served in windows):.0f}",
-        f"{median(served.rate / bare.rate for bare, served in windows):.2f}",
-        f"{median(p50 for p50, _ in latencies):.1f}",
-        f"{median(p99 for _, p99 in latencies):.1f}",
-        f"{median(served.cpu_ms for _, served in windows):.2f}",
-        f"{median(served.cpu_ms - bare.cpu_ms for bare, served in windows):.2f}",
-    ]
+@dataclass(frozen=True)
+class Bare:
+    """A window of onnxruntime itself.
+
+    Args:
+        rate: Pictures a second.
+        cpu_ms: Processor time of a picture.
+    """
+
+    rate: float
+    cpu_ms: float
 
 
-def raw(predictor: Predictor, picture: bytes, *, seconds: float, with_decoding: bool) -> Window:
-    """Onnxruntime with a thread a core in this process, batches as the server makes them."""
-    image, over, counts = decode_image(picture), threading.Event(), []
+def raw(predictor: Predictor, picture: bytes | np.ndarray, *, seconds: float) -> Bare:
+    """Onnxruntime with a thread a core in this process, batches as the server makes them; bytes are decoded first."""
+    over, counts = threading.Event(), []
 
     def work() -> None:
         count = 0
         while not over.is_set():
-            images = [decode_image(picture) if with_decoding else image for _ in range(MAX_BATCH)]
+            images = [decode_image(picture) if isinstance(picture, bytes) else picture for _ in range(MAX_BATCH)]
             predictor.answers(np.concatenate([predictor.pixels(each) for each in images]))
             count += MAX_BATCH
         counts.append(count)
@@ -192,137 +349,145 @@ def raw(predictor: Predictor, picture: bytes, *, seconds: float, with_decoding: 
     for thread in threads:
         thread.join()
     elapsed = time.perf_counter() - start
-    return Window(sum(counts) / elapsed, 1e3 * (time.process_time() - cpu) / sum(counts))
+    return Bare(sum(counts) / elapsed, 1e3 * (time.process_time() - cpu) / sum(counts))
 
 
-def asked(
-    request: Path, port: int, server: psutil.Process, clients: int, seconds: float, *, period_s: float = 0
-) -> Window:
-    """The server, asked by another process; each client at most once in a period."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.serving",
-        "client",
-        str(request),
-        str(port),
-        str(clients),
-        str(seconds),
-        str(period_s),
-    ]
-    before = sum(server.cpu_times()[:2])
-    said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    cpu = sum(server.cpu_times()[:2]) - before
-    latencies = tuple(said["latencies_ms"])
-    return Window(len(latencies) / said["seconds"], 1e3 * cpu / max(1, len(latencies)), latencies, said["refused"])
+def latency_ms(predictor: Predictor, picture: bytes | np.ndarray, *, seconds: float) -> float:
+    """Of a picture alone, one after the other."""
+    found, until = [], time.perf_counter() + seconds
+    while (start := time.perf_counter()) < until:
+        predictor.answers(predictor.pixels(decode_image(picture) if isinstance(picture, bytes) else picture))
+        found.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(found)
 
 
-def run_client(request: str, port: str, clients: str, seconds: str, period_s: str = "0") -> None:
-    """The other process: asks from several connections, the next question as soon as an answer is there."""
-    import uvloop
-
-    data = Path(request).read_bytes()
-    until = time.perf_counter() + float(seconds)
-    latencies: list[float] = []
-    askers: list[Asker] = []
-
-    async def run() -> None:
-        loop = asyncio.get_running_loop()
-        for _ in range(int(clients)):
-            make = partial(Asker, data, until, latencies, float(period_s))
-            askers.append((await loop.create_connection(make, "127.0.0.1", int(port)))[1])
-        await asyncio.gather(*(asker.over for asker in askers))
-
-    start = time.perf_counter()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run())
-    elapsed = time.perf_counter() - start
-    refused = sum(asker.refused for asker in askers)
-    print(json.dumps({"seconds": elapsed, "latencies_ms": latencies, "refused": refused}))
-
-
-class Asker(asyncio.Protocol):
-    """One connection."""
-
-    def __init__(self, request: bytes, until: float, latencies: list[float], period_s: float) -> None:
-        self._request, self._until, self._latencies, self._period_s = request, until, latencies, period_s
-        self.refused = 0
-        self.over = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._transport = transport
-        self._ask()
-
-    def data_received(self, data: bytes) -> None:
-        self._answer += data
-        head, separator, body = self._answer.partition(b"\r\n\r\n")
-        if not separator or len(body) < int(head.split(b"content-length: ")[1].split(b"\r\n")[0]):
-            return
-        now = time.perf_counter()
-        if head.startswith(b"HTTP/1.1 200"):
-            self._latencies.append(1e3 * (now - self._asked_at))
-        elif head.startswith(b"HTTP/1.1 429"):
-            self.refused += 1
-        else:
-            self.over.set_exception(RuntimeError(self._answer.decode()))
-            return
-        if (pause_s := self._asked_at + self._period_s - now) > 0:
-            asyncio.get_running_loop().call_later(pause_s, self._ask)
-        else:
-            self._ask()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.over.done():
-            self.over.set_exception(error or RuntimeError("the server closed the connection"))
-
-    def _ask(self) -> None:
-        self._asked_at = time.perf_counter()
-        if self._asked_at >= self._until:
-            self.over.set_result(None)
-            self._transport.close()
-            return
-        self._answer = b""
-        self._transport.write(self._request)
-
-
-def request_of(payload: str, picture: bytes) -> bytes:
-    """The bytes of an HTTP request."""
-    if payload == "predict":
-        return b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(picture), picture)
-    image = decode_image(picture)
-    tensor, datatype, shape = (
-        (image.tobytes(), "UINT8", [1, *image.shape]) if payload == "pixels" else (pack_bytes([picture]), "BYTES", [1])
-    )
-    entry = {"name": "images" if payload == "pixels" else "encoded", "datatype": datatype, "shape": shape}
-    entry["parameters"] = {"binary_data_size": len(tensor)}
-    outputs = [{"name": "probabilities", "parameters": {"binary_data": True}}]
-    text = json.dumps({"inputs": [entry], "outputs": outputs}).encode()
-    head = b"POST /v2/models/tanuki/infer HTTP/1.1\r\nhost: x\r\ninference-header-content-length: %d\r\n" % len(text)
-    return head + b"content-length: %d\r\n\r\n" % (len(text) + len(tensor)) + text + tensor
+def probabilities(registry: Registry, version: int, picture: bytes) -> list[float]:
+    """What a version says of a picture."""
+    with Predictor(registry.bundle(version), threads=1) as predictor:
+        return predictor.predict([decode_image(picture)]).probabilities[0].tolist()
 
 
 @contextmanager
-def serving(root: Path, folder: Path, *options: str) -> Iterator[tuple[int, psutil.Process]]:
-    """The server in a process of its own; gives its port."""
+def moved_about(registry: Registry, port: int) -> Iterator[list[int]]:
+    """Promotes and rolls back in turns meanwhile, each once the server has followed; gives the versions."""
+    over, moved, failures = threading.Event(), [], []
+
+    def move() -> None:
+        try:
+            while not over.is_set():
+                now = registry.require_champion().id
+                if len(moved) % 2:
+                    registry.rollback("measured")
+                else:
+                    registry.promote(3 - now, reason="measured", expected=now, forced=True)
+                wanted = registry.require_champion().id
+                until = time.monotonic() + REGISTRY_WAIT_S
+                while answering(port) != wanted:
+                    assert time.monotonic() < until, f"the server does not follow to version {wanted}"
+                    time.sleep(0.05)
+                moved.append(wanted)
+        except BaseException as error:  # noqa: BLE001  told where it is waited for
+            failures.append(error)
+
+    thread = threading.Thread(target=move)
+    thread.start()
+    try:
+        yield moved
+    finally:
+        over.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def answering(port: int) -> int:
+    """The champion of a server."""
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.sendall(b"GET /model HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        said = b"".join(iter(partial(line.recv, 65_536), b""))
+    return int(json.loads(said.partition(b"\r\n\r\n")[2])["version"])
+
+
+def pixels_request(picture: bytes) -> Request:
+    """A uint8 tensor, and probabilities as bytes."""
+    image = decode_image(picture)
+    return infer_request("images", "UINT8", [1, *image.shape], image.tobytes())
+
+
+def encoded_request(picture: bytes) -> Request:
+    """A picture's file, and probabilities as bytes."""
+    return infer_request("encoded", "BYTES", [1], pack_bytes([picture]))
+
+
+def infer_request(name: str, datatype: str, shape: list[int], tensor: bytes) -> Request:
+    entry = {"name": name, "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": len(tensor)}}
+    outputs = [{"name": "probabilities", "parameters": {"binary_data": True}}]
+    text = json.dumps({"inputs": [entry], "outputs": outputs}).encode()
+    return Request("/v2/models/tanuki/infer", ((LENGTH, str(len(text))),), text + tensor)
+
+
+def grpc_message(picture: bytes) -> bytes:
+    """The same as a message of ModelInfer."""
+    image = decode_image(picture)
+    message = message_classes("inference", INFERENCE)["ModelInferRequest"](
+        model_name="tanuki",
+        inputs=[{"name": "images", "datatype": "UINT8", "shape": [1, *image.shape]}],
+        outputs=[{"name": "probabilities"}],
+        raw_input_contents=[image.tobytes()],
+    )
+    return message.SerializeToString()
+
+
+def check_grpc(message: bytes, port: int) -> None:
+    """One answer by a client that looks at it: h2load sees no gRPC status."""
+    from grpc import insecure_channel
+
+    with insecure_channel(f"127.0.0.1:{port}") as channel:
+        answer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(message)
+    assert len(answer) > 40, answer
+
+
+@contextmanager
+def serving(root: Path, folder: Path, *options: str) -> Iterator[tuple[tuple[int, int | None], psutil.Process]]:
+    """The server in a process of its own; gives its ports of HTTP and of gRPC."""
     command = [sys.executable, "-m", "deploy.serving", "--registry", str(root), "--port", "0", *options]
     log = folder / "server.log"
-    start = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(command, stderr=file)
     try:
         while '"port"' not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.01)
-        print(f"ready after {time.perf_counter() - start:.2f} s\n")
-        line = next(line for line in log.read_text().splitlines() if '"port"' in line)
-        yield json.loads(line)["port"], psutil.Process(process.pid)
+        line = json.loads(next(line for line in log.read_text().splitlines() if '"port"' in line))
+        yield (line["port"], line["grpc_port"]), psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
 
 
-def make_registry(folder: Path, architecture: str, size_px: int) -> Path:
-    """A registry whose champion is a network of random weights."""
+@contextmanager
+def tritonserver(bench: Bench, bundle: Path) -> Iterator[tuple[int, psutil.Process]]:
+    """Triton in processes of its own; gives its port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [bench.arguments.triton_python, Path(__file__).with_name("triton_server.py"), bundle, str(port)]
+    log = bench.folder / "triton.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        until = time.monotonic() + 120
+        while "READY" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+        yield port, psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def make_registry(folder: Path, architecture: str, *, versions: int = 1) -> Path:
+    """A registry of networks of random weights, which differ in their heads; the first is champion."""
     from tasks.export.compose import compose, cut_at_seam
     from tasks.export.graph import to_bytes
     from tasks.export.network import export_network
@@ -330,18 +495,21 @@ def make_registry(folder: Path, architecture: str, size_px: int) -> Path:
     from tasks.models.architectures import build_network
 
     network = build_network(architecture, depths=1).eval()
-    graph = export_network(network, size_px=size_px, opset=20)
+    graph = export_network(network, size_px=PICTURE[0], opset=20)
     width = graph.graph.output[0].type.tensor_type.shape.dim[1].dim_value
-    weight = np.random.default_rng(0).normal(0, 0.01, (10, width)).astype(np.float32)
-    front = preprocessing_graph(size_px=size_px, crop_fraction=1.0, mean=MEAN, std=STD, opset=20)
-    whole = compose(front, graph, weight, np.zeros(10, np.float32))
-    model, *halves = (to_bytes(each) for each in (whole, *cut_at_seam(whole)))
+    front = preprocessing_graph(size_px=PICTURE[0], crop_fraction=1.0, mean=MEAN, std=STD, opset=20)
     labels = tuple(f"class {number}" for number in range(10))
-    facts = BundleFacts(labels, size_px, 1.0, MEAN, STD, {})
-    golden = [draw(300, 200), draw(224, 224)]
-    write_bundle(folder / "bundle", model=model, front=halves[0], back=halves[1], facts=facts, golden=golden)
+    facts = BundleFacts(labels, PICTURE[0], 1.0, MEAN, STD, {})
+    golden = [draw(300, 200), draw(*PICTURE)]
     registry = Registry(folder / "registry")
-    registry.promote(registry.register(folder / "bundle", {}).id, reason="to be measured", expected=None, forced=True)
+    for seed in range(versions):
+        weight = np.random.default_rng(seed).normal(0, 0.1, (10, width)).astype(np.float32)
+        whole = compose(front, graph, weight, np.zeros(10, np.float32))
+        model, *halves = (to_bytes(each) for each in (whole, *cut_at_seam(whole)))
+        bundle = folder / f"bundle-{seed}"
+        write_bundle(bundle, model=model, front=halves[0], back=halves[1], facts=facts, golden=golden)
+        registry.register(bundle, {})
+    registry.promote(1, reason="to be measured", expected=None, forced=True)
     return folder / "registry"
 
 

@@ -79,6 +79,7 @@ class _Request:
     outcomes: list[Outcome | None]
     remaining: int
     queued_at: float
+    due: float  # when it is given up
     is_aside: bool = False
     dropped: bool = False
 
@@ -115,6 +116,9 @@ class Batcher:
     _jobs: deque[_Job] = field(default_factory=deque)
     _aside: deque[_Job] = field(default_factory=deque)
     _ready: threading.Condition = field(default_factory=threading.Condition)
+    _open: set[_Request] = field(default_factory=set)
+    _looks_at: float = math.inf  # when the first of them may be due
+    _timer: asyncio.TimerHandle | None = None
     _idle: int = 0
     _closed: bool = False
     _workers: list[threading.Thread] = field(default_factory=list)
@@ -150,19 +154,21 @@ class Batcher:
         if self._closed:
             raise RequestError(UNAVAILABLE, "the server is shutting down")
         future: asyncio.Future[None] = self._loop.create_future()
-        request = _Request(model, future, [None] * len(pictures), len(pictures), time.monotonic(), is_aside)
+        now = time.monotonic()
+        due = math.inf if timeout_s is None else now + timeout_s
+        request = _Request(model, future, [None] * len(pictures), len(pictures), now, due, is_aside)
         jobs = [_Job(request, index, picture) for index, picture in enumerate(pictures)]
         self._count(request, len(pictures))
         model.in_flight += 1
         with self._ready:
             (self._aside if is_aside else self._jobs).extend(jobs)
             self._ready.notify(len(jobs))
-        timer = None if timeout_s is None else self._loop.call_later(timeout_s, _expire, request, timeout_s)
+        self._open.add(request)
+        self._watch(request.due)
         try:
             await future
         finally:
-            if timer is not None:
-                timer.cancel()
+            self._open.discard(request)
             request.dropped = True
             model.in_flight -= 1
         return request.outcomes  # type: ignore[return-value]  # all are there when the future is done
@@ -259,14 +265,27 @@ class Batcher:
             self._seconds_each += 0.1 * (seconds / len(jobs) - self._seconds_each)
             self.on_batch(times)
 
+    def _watch(self, due: float) -> None:
+        """Looks at the open requests once this one may be due: one timer for them all, as hardly any is ever late."""
+        if due >= self._looks_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._looks_at = due
+        self._timer = self._loop.call_later(due - time.monotonic(), self._expire)
+
+    def _expire(self) -> None:
+        """Gives up what is late."""
+        now, self._looks_at, self._timer = time.monotonic(), math.inf, None
+        for request in self._open:
+            if request.due <= now and not request.future.done():
+                seconds = request.due - request.queued_at
+                request.future.set_exception(RequestError(DEADLINE, f"no answer within {seconds:g} s"))
+        self._watch(min((each.due for each in self._open if not each.future.done()), default=math.inf))
+
     def _count(self, request: _Request, num: int) -> None:
         """Of pictures that wait; a batch is of one kind."""
         if request.is_aside:
             self.waiting_aside += num
         else:
             self.waiting += num
-
-
-def _expire(request: _Request, timeout_s: float) -> None:
-    if not request.future.done():
-        request.future.set_exception(RequestError(DEADLINE, f"no answer within {timeout_s:g} s"))

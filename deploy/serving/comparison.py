@@ -3,12 +3,14 @@
 Shadowed, the champion answers and the second version is asked afterwards. As a canary, the second version answers a
 share of the requests that name no version, and the champion is asked afterwards. What is asked afterwards never reaches
 a client, waits behind every request (deploy/serving/batcher.py) and is dropped where there is no time for it.
+
+A second version on whose network too many pictures fail is stopped: it gets no more requests, and is told of.
 """
 
 import asyncio
 import logging
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,6 +27,8 @@ from deploy.serving.settings import Second
 PENDING_BYTES = 64_000_000  # of pictures that are still to be compared
 MAX_PAIRS = 1000  # of labels that are told apart; the rest is counted as different, without its names
 TOLD_PAIRS = 10
+RECENT = 200  # pictures of the second version whose failures are looked at
+LEAST_FAILURES = 5  # before it may be stopped: one accident is no rate
 
 Fate = Literal["same", "other", "failed", "dropped"]
 
@@ -41,6 +45,7 @@ class Comparison:
         champion_confidence: Sum of the champion's highest probabilities.
         challenger_confidence: Sum of the other version's.
         pairs: How often which labels stood against each other, the champion's first.
+        stopped: Why the other version gets no more pictures; None where it does.
     """
 
     fates: Counter[str] = field(default_factory=Counter)
@@ -48,6 +53,7 @@ class Comparison:
     champion_confidence: float = 0.0
     challenger_confidence: float = 0.0
     pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    stopped: str | None = None
 
     def add(
         self, champion: LiveModel, challenger: LiveModel, one: Outcome, other: Outcome
@@ -80,6 +86,7 @@ class Comparison:
             self.champion_confidence + other.champion_confidence,
             self.challenger_confidence + other.challenger_confidence,
             self.pairs + other.pairs,
+            self.stopped or other.stopped,
         )
 
     def report(self) -> dict[str, Any]:
@@ -93,6 +100,7 @@ class Comparison:
             "challenger_confidence": self.challenger_confidence / num if num else None,
             "failed": self.fates["failed"],
             "dropped": self.fates["dropped"],
+            "stopped": self.stopped,
             "other_labels": [
                 {"champion": pair[0], "challenger": pair[1], "pictures": count}
                 for pair, count in self.pairs.most_common(TOLD_PAIRS)
@@ -119,6 +127,8 @@ class Challenge:
         models: Hold it as ``challenger``.
         batcher: Asks.
         on_compared: Told of each picture: both versions, what became of it and the distance.
+        max_failures: Share of the second version's latest pictures on which its network may fail, in 0..1.
+        on_stopped: Told of the second version when it fails on more.
     """
 
     def __init__(
@@ -128,11 +138,17 @@ class Challenge:
         batcher: Batcher,
         *,
         on_compared: Callable[[int, int, Fate, float], None],
+        max_failures: float,
+        on_stopped: Callable[[int], None],
     ) -> None:
         self._second = second
         self._models = models
         self._batcher = batcher
         self._on_compared = on_compared
+        self._max_failures = max_failures
+        self._on_stopped = on_stopped
+        self._recent: deque[bool] = deque(maxlen=RECENT)  # whether each failed
+        self._is_stopped = False
         self._found: dict[tuple[int, int], Comparison] = {}
         self._pending_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -140,14 +156,17 @@ class Challenge:
     def choose(self, champion: LiveModel) -> LiveModel:
         """Who answers a request that names no version."""
         challenger = self._models.challenger
-        is_its = self._second.answers and challenger is not None and random.random() < self._second.share
+        is_open = self._second.answers and not self._is_stopped
+        is_its = is_open and challenger is not None and random.random() < self._second.share
         return challenger if is_its and challenger is not None else champion
 
     def offer(self, answered: LiveModel, pictures: Sequence[Picture], outcomes: Sequence[Outcome]) -> None:
         """Compares what was answered, if it is to be compared; returns at once."""
         champion, challenger = self._models.champion, self._models.challenger
-        if champion is None or challenger is None or champion is challenger:
+        if champion is None or challenger is None or champion is challenger or self._is_stopped:
             return
+        if answered is challenger:
+            self._judge(champion, challenger, outcomes)
         if self._second.answers:
             is_wanted = answered is challenger
         else:
@@ -172,11 +191,25 @@ class Challenge:
         except RequestError:  # no time for it
             self._drop(champion, challenger, len(pictures))
             return
+        if asked is challenger:
+            self._judge(champion, challenger, others)
         ones, others = (others, list(outcomes)) if self._second.answers else (list(outcomes), others)
         comparison = self._of(champion, challenger)
         for one, other in zip(ones, others, strict=True):
             if found := comparison.add(champion, challenger, one, other):
                 self._on_compared(champion.version, challenger.version, *found)
+
+    def _judge(self, champion: LiveModel, challenger: LiveModel, outcomes: Iterable[Outcome]) -> None:
+        """Stops the second version if its network failed too often of late; a picture that is none is no failure."""
+        self._recent.extend(isinstance(each, RequestError) for each in outcomes)
+        failed = sum(self._recent)
+        if self._is_stopped or failed < LEAST_FAILURES or failed <= self._max_failures * len(self._recent):
+            return
+        self._is_stopped = True
+        why = f"it failed on {failed} of its last {len(self._recent)} pictures, {self._max_failures:.0%} may"
+        self._of(champion, challenger).stopped = why
+        logger.error("version %d is stopped, the champion answers alone: %s", challenger.version, why)
+        self._on_stopped(challenger.version)
 
     def _of(self, champion: LiveModel, challenger: LiveModel) -> Comparison:
         return self._found.setdefault((champion.version, challenger.version), Comparison())

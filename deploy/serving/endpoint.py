@@ -18,11 +18,11 @@ from urllib.parse import parse_qs
 import orjson
 from starlette.types import Receive, Scope, Send
 
+from deploy.serving.connection import EXCHANGE, Exchange
 from deploy.serving.errors import BAD_REQUEST, NOT_FOUND, TOO_LARGE, TOO_SLOW, UNAUTHORIZED, RequestError
 from deploy.serving.service import Service
 
 JSON = b"application/json"
-UNDISTURBED_S = 0.1  # a request that takes longer is watched for its client's leaving
 REQUEST_ID = re.compile(rb"[\w.:/+=-]{1,128}", re.ASCII)
 UNPACK_WINDOWS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 
@@ -70,7 +70,7 @@ class Call:
         service: What answers.
         headers: Names in small letters; of a repeated one the last.
         id: The client's name for it (X-Request-Id), or one made here.
-        has_left: The client is known to have gone.
+        ended_by: Why its wait was ended: a time limit, or the client left.
     """
 
     scope: Scope
@@ -78,7 +78,13 @@ class Call:
     service: Service
     headers: dict[bytes, bytes]
     id: str
-    has_left: bool = False
+    ended_by: Exception | None = None
+
+    @property
+    def exchange(self) -> Exchange:
+        """Its connection's side of it."""
+        exchange: Exchange = self.scope[EXCHANGE]
+        return exchange
 
     def path(self, name: str) -> str | None:
         """A part of the path."""
@@ -100,12 +106,12 @@ class Call:
         length = self.headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)
+        deadline = self.exchange.deadline
+        deadline.set(self.service.settings.body_timeout_s, self._ender(self._too_slow))
         try:
-            async with asyncio.timeout(self.service.settings.body_timeout_s):
-                body = await self._received(limit)
-        except TimeoutError:
-            seconds = f"{self.service.settings.body_timeout_s:g}"
-            raise RequestError(TOO_SLOW, f"the request's body did not come within {seconds} s") from None
+            body = await self._unless_ended(self._received(limit))
+        finally:
+            deadline.lift()
         encoding = self.headers.get(b"content-encoding", b"identity").strip().lower()
         if encoding in (b"", b"identity"):
             return body
@@ -121,27 +127,39 @@ class Call:
         Raises:
             ClientGoneError: If it went.
         """
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        if self.exchange.has_left:
+            work.close()
+            raise ClientGoneError
+        self.exchange.on_leave(self._ender(ClientGoneError))
+        try:
+            return await self._unless_ended(work)
+        finally:
+            self.exchange.on_leave(None)
+
+    def _ender(self, why: Callable[[], Exception]) -> Callable[[], None]:
+        """What ends this task's wait, and lets it tell that from its own end."""
+        task = asyncio.current_task()
         assert task is not None
-        watches: list[asyncio.Task[None]] = []
-        timer = loop.call_later(UNDISTURBED_S, lambda: watches.append(loop.create_task(self._watch(task))))
+
+        def end() -> None:
+            self.ended_by = why()
+            task.cancel()
+
+        return end
+
+    async def _unless_ended(self, work: Coroutine[Any, Any, Result]) -> Result:
         try:
             return await work
         except asyncio.CancelledError:
-            if not self.has_left:
+            task = asyncio.current_task()
+            if self.ended_by is None or task is None:
                 raise
             task.uncancel()
-            raise ClientGoneError from None
-        finally:
-            timer.cancel()
-            for watch in watches:
-                watch.cancel()
+            raise self.ended_by from None
 
-    async def _watch(self, task: "asyncio.Task[Any]") -> None:
-        while (await self.receive())["type"] != "http.disconnect":
-            pass
-        self.has_left = True
-        task.cancel()
+    def _too_slow(self) -> RequestError:
+        seconds = f"{self.service.settings.body_timeout_s:g}"
+        return RequestError(TOO_SLOW, f"the request's body did not come within {seconds} s")
 
     async def _received(self, limit: int) -> bytes:
         pieces: list[bytes] = []
@@ -233,7 +251,10 @@ class Endpoint:
             (b"x-request-id", call.id.encode()),
             *reply.headers,
         ]
-        if self._service.draining or reply.status in (TOO_SLOW, TOO_LARGE):  # the rest of a body is not waited for
+        is_last = self._service.draining or reply.status in (TOO_SLOW, TOO_LARGE)  # a body's rest is not waited for
+        if call.exchange.reply(reply.status, headers, reply.body, is_last=is_last):
+            return
+        if is_last:
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": reply.body})

@@ -4,6 +4,8 @@ A body is JSON, or JSON of a length that a header names, followed by the tensors
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from deploy.serving.batcher import Picture
 from deploy.serving.errors import TOO_LARGE, RequestError
 from deploy.serving.inference_protocol import (
     InferRequest,
+    InputTensor,
     OutputTensor,
     WantedOutput,
     all_outputs,
@@ -28,6 +31,7 @@ from deploy.serving.inference_protocol import (
 from deploy.serving.live_model import LiveModel
 
 SHARED_MEMORY = "shared_memory_region"
+KNOWN_BYTES = 1024  # of JSON that is kept, to be understood once
 NO_NATURAL = "attempt to access JSON non-unsigned-integer as unsigned-integer"
 
 
@@ -69,14 +73,10 @@ def parse_infer(
             TOO_LARGE,
             f"{length} bytes of JSON are more than {max_json_bytes}: send tensors as binary data, or encoded pictures",
         )
-    said = _json(body, length)
-    request_id = said.get("id", "")
-    if not isinstance(request_id, str):
-        raise bad("Unable to parse 'id': attempt to access JSON non-string as string")
-    parameters = _object(said, "parameters")
-    outputs = _outputs(said, model=model, is_binary=parameters.get("binary_data_output") is True)
-    pictures = _pictures(said, memoryview(body)[length:], model=model, request_id=request_id, max_pictures=max_pictures)
-    return InferRequest(request_id, pictures, outputs, timeout_of(parameters))
+    understand = _known if length < len(body) and length <= KNOWN_BYTES else _understood
+    asked = understand(body[:length], model=model, max_pictures=max_pictures)
+    pictures = _pictures(asked, memoryview(body)[length:], model=model)
+    return InferRequest(asked.id, pictures, asked.outputs, asked.timeout_s)
 
 
 def render_infer(
@@ -100,19 +100,34 @@ def render_infer(
     return (b"".join([text, *blobs]), len(text)) if blobs else (text, None)
 
 
-def _json(body: bytes, length: int) -> dict[str, Any]:
-    try:
-        said = orjson.loads(body if length == len(body) else memoryview(body)[:length])
-    except orjson.JSONDecodeError as error:
-        raise bad(f"failed to parse the request JSON buffer: {echo(str(error))}") from error
-    if not isinstance(said, dict):
-        raise bad("failed to parse the request JSON buffer: it holds no object")
-    return said
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the JSON of a request says.
+
+    Args:
+        id: The client's name for it, or nothing.
+        tensor: The input.
+        size: How many of the bytes after the JSON it takes; None where its data is in the JSON.
+        data: That data.
+        outputs: In the order of the answer.
+        timeout_s: What the client allows; None where it says nothing.
+    """
+
+    id: str
+    tensor: InputTensor
+    size: int | None
+    data: Any
+    outputs: tuple[WantedOutput, ...]
+    timeout_s: float | None
 
 
-def _pictures(
-    said: dict[str, Any], binary: memoryview, *, model: str, request_id: str, max_pictures: int
-) -> Sequence[Picture]:
+def _understood(text: bytes, *, model: str, max_pictures: int) -> _Asked:
+    said = _json(text)
+    request_id = said.get("id", "")
+    if not isinstance(request_id, str):
+        raise bad("Unable to parse 'id': attempt to access JSON non-string as string")
+    parameters = _object(said, "parameters")
+    outputs = _outputs(said, model=model, is_binary=parameters.get("binary_data_output") is True)
     inputs = _list(said, "inputs")
     if inputs is None:
         raise bad("Unable to parse 'inputs': attempt to access non-existing object member 'inputs'")
@@ -120,15 +135,39 @@ def _pictures(
     (entry,) = inputs
     name, datatype, shape = _text(entry, "name"), _text(entry, "datatype"), _shape(entry)
     tensor = check_input(name, datatype, shape, model=model, request_id=request_id, max_n=max_pictures)
-    size = _binary_size(entry, name, available=len(binary), model=model)
-    if len(binary) > (size or 0):
+    size = _binary_size(entry, name, model=model)
+    return _Asked(request_id, tensor, size, entry.get("data"), outputs, timeout_of(parameters))
+
+
+# Clients say the same of every picture, before other bytes; what was said is never changed.
+_known = lru_cache(maxsize=256)(_understood)
+
+
+def _json(text: bytes) -> dict[str, Any]:
+    try:
+        said = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise bad(f"failed to parse the request JSON buffer: {echo(str(error))}") from error
+    if not isinstance(said, dict):
+        raise bad("failed to parse the request JSON buffer: it holds no object")
+    return said
+
+
+def _pictures(asked: _Asked, binary: memoryview, *, model: str) -> Sequence[Picture]:
+    size = asked.size or 0
+    if size > len(binary):
+        more = size - len(binary)
+        raise bad(
+            f"unexpected size for input '{asked.tensor.name}', expecting {more} additional bytes for model '{model}'"
+        )
+    if size < len(binary):
         raise bad(f"unexpected additional input data for model '{model}'")
-    if size is None:
-        return pictures_of_json(tensor, entry["data"])
-    return pictures_of_raw(tensor, binary, model=model, request_id=request_id)
+    if asked.size is None:
+        return pictures_of_json(asked.tensor, asked.data)
+    return pictures_of_raw(asked.tensor, binary, model=model, request_id=asked.id)
 
 
-def _binary_size(entry: dict[str, Any], name: str, *, available: int, model: str) -> int | None:
+def _binary_size(entry: dict[str, Any], name: str, *, model: str) -> int | None:
     """How many of the bytes after the JSON an input takes; None where its data is in the JSON."""
     parameters = _object(entry, "parameters")
     if SHARED_MEMORY in parameters:
@@ -140,9 +179,6 @@ def _binary_size(entry: dict[str, Any], name: str, *, available: int, model: str
         return None
     if not _is_natural(size):
         raise bad(f"Unable to parse 'binary_data_size': {NO_NATURAL}")
-    if size > available:
-        more = size - available
-        raise bad(f"unexpected size for input '{name}', expecting {more} additional bytes for model '{model}'")
     return int(size)
 
 

@@ -1,19 +1,22 @@
 """What Prometheus reads. Everything is counted on the event loop."""
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import Metric
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from deploy.serving.batcher import BatchTimes
 
@@ -25,6 +28,67 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # Name, documentation, type, and samples: name, labels and value.
 Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]
+
+
+class Histogram(Collector):
+    """A histogram as prometheus_client's, without its locks: it is for one thread, and observed thrice a request.
+
+    Args:
+        name: As Prometheus knows it.
+        documentation: What it counts.
+        labels: Their names.
+        buckets: Upper bounds, rising, without infinity.
+        registry: Where it is collected.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        labels: Sequence[str] = (),
+        *,
+        buckets: Sequence[float],
+        registry: CollectorRegistry,
+    ) -> None:
+        self._name, self._documentation, self._labels = name, documentation, labels
+        self._bounds = tuple(map(float, buckets))
+        self._found: dict[tuple[str, ...], Observed] = {}
+        if not labels:
+            self.labels()
+        registry.register(self)
+
+    def labels(self, *values: object) -> "Observed":
+        """What was observed of these values of the labels."""
+        key = tuple(map(str, values))
+        return self._found.setdefault(key, Observed(self._bounds, [0] * (len(self._bounds) + 1)))
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
+        for key, found in self._found.items():
+            below = itertools.accumulate(found.counts)
+            bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+            family.add_metric(key, list(zip(bounds, below, strict=True)), found.total)
+        yield family
+
+
+@dataclass(slots=True)
+class Observed:
+    """Values in their buckets.
+
+    Args:
+        bounds: The buckets' upper bounds.
+        counts: How many fell into each, and above them all.
+        total: Their sum.
+    """
+
+    bounds: tuple[float, ...]
+    counts: list[int]
+    total: float = 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
 
 
 class Metrics:
@@ -40,7 +104,8 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each counter, which nobody reads
         self._registry = registry = CollectorRegistry()
         self._of = {} if worker is None else {"worker": str(worker)}
-        self._looked_up: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        self._looked_up: dict[tuple[str, int], tuple[Counter, Observed]] = {}
+        self._versions: dict[int, Counter] = {}
         ProcessCollector(registry=registry)
         self._requests = Counter(
             "tanuki_requests", "Requests, by what was asked and how it ended.", ["route", "code"], registry=registry
@@ -50,14 +115,16 @@ class Metrics:
         )
         self._queue_s = Histogram(
             "tanuki_queue_seconds", "A picture's wait for a thread.", buckets=SECONDS, registry=registry
-        )
+        ).labels()
         self._decode_s = Histogram(
             "tanuki_decode_seconds", "Decoding and preprocessing of a batch.", buckets=SECONDS, registry=registry
-        )
+        ).labels()
         self._run_s = Histogram(
             "tanuki_run_seconds", "The network's run on a batch.", buckets=SECONDS, registry=registry
-        )
-        self._batch = Histogram("tanuki_batch_pictures", "Pictures in a batch.", buckets=PICTURES, registry=registry)
+        ).labels()
+        self._batch = Histogram(
+            "tanuki_batch_pictures", "Pictures in a batch.", buckets=PICTURES, registry=registry
+        ).labels()
         self._pictures = Counter("tanuki_pictures", "Pictures taken up, by version.", ["version"], registry=registry)
         self._reloads = Counter("tanuki_reloads", "New champions, by outcome.", ["outcome"], registry=registry)
         self._captured = Counter("tanuki_captured", "Answers kept for drift, or dropped.", ["fate"], registry=registry)
@@ -71,6 +138,9 @@ class Metrics:
             "tanuki_compared_distance", "Total variation distance of two versions' answers to a picture.", pair,
             buckets=SHARES, registry=registry,
         )  # fmt: skip
+        self._stopped = Counter(
+            "tanuki_second_stopped", "Second versions that failed too often to go on.", ["version"], registry=registry
+        )
         for outcome in ("swapped", "refused"):
             self._reloads.labels(outcome)
         Gauge("tanuki_waiting_pictures", "Pictures that wait or are worked on.", registry=registry).set_function(
@@ -84,7 +154,7 @@ class Metrics:
         count.inc()
         histogram.observe(seconds)
 
-    def _of_request(self, route: str, status: int) -> tuple[Counter, Histogram]:
+    def _of_request(self, route: str, status: int) -> tuple[Counter, Observed]:
         """Looked up once: a label's lookup takes a lock and makes text of its values."""
         key = (route, status)
         if key not in self._looked_up:
@@ -98,7 +168,12 @@ class Metrics:
         self._decode_s.observe(times.decode_s)
         self._run_s.observe(times.run_s)
         self._batch.observe(len(times.queue_s))
-        self._pictures.labels(times.model.version).inc(len(times.queue_s))
+        self._of_version(times.model.version).inc(len(times.queue_s))
+
+    def _of_version(self, version: int) -> Counter:
+        if version not in self._versions:
+            self._versions[version] = self._pictures.labels(version)
+        return self._versions[version]
 
     def reload(self, outcome: str) -> None:
         """Counts a champion that was taken over, or refused."""
@@ -109,6 +184,10 @@ class Metrics:
         self._compared.labels(champion, challenger, fate).inc()
         if fate in ("same", "other"):
             self._distance.labels(champion, challenger).observe(distance)
+
+    def stopped(self, version: int) -> None:
+        """Counts a second version that is asked no more."""
+        self._stopped.labels(version).inc()
 
     def captured(self, fate: str, rows: int) -> None:
         """Counts answers that were kept for drift, or dropped."""

@@ -134,6 +134,7 @@ def _schemas() -> Schema:
         "Comparison": _object(
             {"champion": TEXT, "challenger": TEXT, "pictures": COUNT, "same_label": share, "mean_distance": share,
              "champion_confidence": share, "challenger_confidence": share, "failed": COUNT, "dropped": COUNT,
+             "stopped": {"type": ["string", "null"]},
              "other_labels": _list(_object({"champion": TEXT, "challenger": TEXT, "pictures": COUNT}))}
         ),
         "Server": _object({"name": TEXT, "version": TEXT, "extensions": _list(TEXT)}),

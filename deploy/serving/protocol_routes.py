@@ -21,6 +21,7 @@ from deploy.serving.service import Service
 
 MODEL = "/v2/models/{model}"
 VERSION = f"{MODEL}/versions/{{version}}"
+INFER_PATH = f"{MODEL}/infer"
 PLAIN = b"text/plain"
 NOT_READY = "Model version not ready"
 LARGE_JSON_BYTES = 32_768  # above it JSON is read off the event loop

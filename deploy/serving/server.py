@@ -10,10 +10,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
-from starlette.routing import Router
+from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from deploy.serving.connection import Connection
 from deploy.serving.endpoint import Endpoint
 from deploy.serving.errors import ServingError
 from deploy.serving.listening import listen
@@ -21,7 +21,7 @@ from deploy.serving.memory import share_arenas
 from deploy.serving.openapi import openapi_routes
 from deploy.serving.page_routes import page_routes
 from deploy.serving.predict_routes import predict_routes
-from deploy.serving.protocol_routes import protocol_routes
+from deploy.serving.protocol_routes import INFER_PATH, protocol_routes
 from deploy.serving.service import Service
 from deploy.serving.settings import LOOPBACK, Settings
 
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 SPARE_FILES = 256  # for everything but connections
 KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its side, so that it is the proxy who closes
-MAX_HEAD_BYTES = 65_536
-PIECE_BYTES = 1_048_576
-HEAD_S = 15  # for a client to send its request line and headers
 
 logger = logging.getLogger(__name__)
 
@@ -49,76 +46,19 @@ class Application:
             *openapi_routes(service),
         ]
         self._router = Router(self.routes, redirect_slashes=False, default=Endpoint(service, "unknown"))
+        # Of all requests of a busy server: the router's regular expressions need not be tried for these.
+        model = service.models.name
+        self._busy = {
+            route.path.format(model=model): (route.app, {"model": model} if "{model}" in route.path else {})
+            for route in self.routes
+            if isinstance(route, Route) and route.path in ("/predict", INFER_PATH) and "/" not in model
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            await self._router(scope, receive, send)
-
-
-class Connection(HttpToolsProtocol):
-    """A connection that gives a body to its request at once, and limits a request's head in size and in time."""
-
-    _head_bytes = 0
-    _head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._pieces: list[bytes] = []
-        self._piece_bytes = 0
-        self._await_head()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._head_timer is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self._have_head()
-                self.send_400_response(f"More than {MAX_HEAD_BYTES} bytes of headers.")
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._await_head()
-
-    def on_headers_complete(self) -> None:
-        self._have_head()
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        """Wakes the request once its body is there, or a large piece of it, and not for every read from the socket."""
-        if self.cycle.response_complete:
+        if scope["type"] != "http":
             return
-        self._pieces.append(body)
-        self._piece_bytes += len(body)
-        if self._piece_bytes > PIECE_BYTES:
-            self._pass_on()
-            self.flow.pause_reading()
-            self.cycle.message_event.set()
-
-    def on_message_complete(self) -> None:
-        self._pass_on()
-        super().on_message_complete()
-
-    def _pass_on(self) -> None:
-        """Gives the request what came of its body: copied once, and not at all where it came in one read."""
-        came = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        # Its copy as bytes, which the request gets, is then the very same object.
-        self.cycle.body = self.cycle.body + came if self.cycle.body else came  # type: ignore[assignment]
-        self._pieces, self._piece_bytes = [], 0
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._have_head()
-        self._unset_keepalive_if_required()  # left running after a reset, it would hold the connection for its time
-        super().connection_lost(exc)
-
-    def _await_head(self) -> None:
-        self._have_head()
-        self._head_bytes = 0
-        self._head_timer = self.loop.call_later(HEAD_S, self.timeout_keep_alive_handler)
-
-    def _have_head(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        endpoint, scope["path_params"] = self._busy.get(scope["path"], (self._router, {}))
+        await endpoint(scope, receive, send)
 
 
 class Server(uvicorn.Server):

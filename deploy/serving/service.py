@@ -114,6 +114,8 @@ class Service:
                 self.models,
                 self.batcher,
                 on_compared=self.metrics.compared,
+                max_failures=self.settings.second_failures,
+                on_stopped=self.metrics.stopped,
             )
         self._watcher.start()
 

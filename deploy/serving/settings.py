@@ -48,6 +48,10 @@ class Settings:
     public_key: Annotated[Path | None, "only bundles signed by this key (`tanuki keygen`) answer"] = None
     shadow: Annotated[str | None, "VERSION or VERSION=SHARE: asked behind the champion, compared, not returned"] = None
     canary: Annotated[str | None, "VERSION=SHARE: answers that share of the requests, and is compared"] = None
+    second_failures: Annotated[
+        float,
+        "share of its last 200 pictures that a shadow or canary may fail on; from the 5th failure on it is stopped",
+    ] = 0.05
     keep: Annotated[int, "earlier versions that stay loaded and addressable"] = 2
     watch_s: Annotated[
         float, "seconds between two looks at the champion pointer; behind a URL a look is two requests"
@@ -137,6 +141,8 @@ def _mistakes(settings: Settings) -> list[str]:
         mistakes.append("--shadow wants a version, or VERSION=SHARE with a share above 0 and at most 1")
     if settings.canary is not None and not CANARY.fullmatch(settings.canary):
         mistakes.append("--canary wants VERSION=SHARE with a share above 0 and at most 1, such as 7=0.1")
+    if settings.second_failures > 1:
+        mistakes.append("--second-failures must be a share of 0 to 1")
     if settings.workers < 1:
         mistakes.append("--workers must be at least 1")
     if settings.capture_pictures not in KEPT_PICTURES:

@@ -1,6 +1,9 @@
 """One server for all tests that only ask it something."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,3 +20,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         folder / "registry", folder, *options, "--max-json-mb", "1", "--body-timeout-s", "1.5", "--grpc-port", "0"
     ) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def recorded(material: Path) -> dict[str, dict[str, Any]]:
+    """What Triton answered, by the names of the requests."""
+    return {each["case"]: each for each in json.loads((material / "triton_golden.json").read_text())}

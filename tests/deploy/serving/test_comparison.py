@@ -5,19 +5,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.errors import ImageError
 from deploy.predictor import Predictor
+from deploy.registry import Registry
 from deploy.serving.batcher import MAX_ASIDE, Answer, Batcher
 from deploy.serving.comparison import Comparison, distance_of, reports_of
 from deploy.serving.errors import RequestError
 from deploy.serving.live_model import LiveModel
 from deploy.serving.settings import Second, parse_settings
 from tests.deploy.serving.running import Running, add_version, eventually, make_champion, serving
-from tests.deploy.tiny_bundle import LABELS, colour_image, encoded, write_colour_bundle
+from tests.deploy.tiny_bundle import LABELS, colour_image, encoded, seal, write_colour_bundle
 
 PICTURE = encoded(colour_image("blau"), "JPEG")
 HUGE = np.full((4000, 4000, 3), 7, np.uint8)
@@ -136,6 +138,59 @@ def test_a_canary_answers_its_share_and_is_compared(root: Path, tmp_path: Path) 
         named = running.client.post("/v2/models/tanuki/versions/1/infer", content=b"{}")
         assert named.status_code == 400  # about its body: version 1 it is
         assert {running.client.post("/predict?version=1", content=PICTURE).json()["version"] for _ in range(9)} == {"1"}
+
+
+def make_fragile(directory: Path) -> None:
+    """Lets a bundle's network fail on a white picture, and only there, and makes every digest fit."""
+    one, axis = np.array([0.0], np.float32), np.array([1])
+    for name in ("back.onnx", "model.onnx"):
+        model = onnx.load(directory / name)
+        graph = model.graph
+        softmax = next(node for node in graph.node if node.op_type == "Softmax")
+        softmax.output[0] = "sure"
+        graph.initializer.extend(
+            [
+                onnx.numpy_helper.from_array(*each)
+                for each in ((one, "fragile_one"), (axis, "fragile_axis"), (one + 0.05, "fragile_bit"))
+            ]
+        )
+        for kind, inputs, output, more in (
+            ("ReduceMin", ["embedding", "fragile_axis"], "darkest", {"keepdims": 1}),
+            ("Add", ["darkest", "fragile_bit"], "above", {}),
+            ("Cast", ["above"], "index", {"to": onnx.TensorProto.INT64}),  # 1 only for white, where there is no row 1
+            ("Gather", ["fragile_one", "index"], "nothing", {}),
+            ("Add", ["sure", "nothing"], "probabilities", {}),
+        ):
+            graph.node.append(onnx.helper.make_node(kind, inputs, [output], **more))
+        (directory / name).chmod(0o644)
+        onnx.save(model, directory / name)
+    (directory / "bundle.json").chmod(0o644)
+    seal(directory)
+
+
+@pytest.mark.parametrize(("option", "status"), [("--canary", 500), ("--shadow", 200)])
+def test_a_second_version_that_fails_too_often_is_stopped(tmp_path: Path, option: str, status: int) -> None:
+    add_version(tmp_path / "registry", tmp_path)
+    fragile = write_colour_bundle(tmp_path / "fragile", sharpness=4.0)
+    make_fragile(fragile.directory)
+    Registry(tmp_path / "registry").register(fragile.directory, {})
+    white = encoded(np.full((30, 40, 3), 255, np.uint8))
+    with serving(tmp_path / "registry", tmp_path, option, "2=1", "--second-failures", "0.3") as running:
+        for _ in range(10):
+            assert running.client.post("/predict", content=PICTURE).status_code == 200
+        eventually(lambda: running.metric("tanuki_compared_total") == 10)
+        told = []
+        for number in range(6):
+            told.append(running.client.post("/predict", content=white).status_code)
+            if number < 5:  # 5 of 15 are more than .3, 4 of 14 are not
+                eventually(lambda number=number: running.metric("tanuki_compared_total") == 11 + number)
+        assert told == [status] * 5 + [200]
+        assert running.metric('tanuki_second_stopped_total{version="2"}') == 1
+        assert running.client.post("/predict", content=white).json()["version"] == "1"
+        (report,) = running.client.get("/model").json()["comparisons"]
+        assert report["stopped"] == "it failed on 5 of its last 15 pictures, 30% may"
+        assert any("version 2 is stopped" in line["message"] for line in running.lines())
+        assert running.metric("tanuki_compared_total") == 15
 
 
 def test_a_second_version_that_is_not_there_is_told(root: Path, tmp_path: Path) -> None:

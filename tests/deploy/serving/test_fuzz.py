@@ -106,7 +106,6 @@ def test_no_mutated_request_brings_it_down(running: Running) -> None:
     with ThreadPoolExecutor(CLIENTS) as pool:
         asked = [pool.submit(ask_mutated, running.port, seed, REQUESTS // CLIENTS, until) for seed in range(CLIENTS)]
         answers = sum((each.result() for each in asked), Counter[str]())
-    print(answers, running.metric("process_resident_memory_bytes") - before)
     assert answers.total() > 2000
     assert {code for code in answers if code[0] == "5"} == set(), answers
     assert running.metric("process_resident_memory_bytes") - before < 10e6

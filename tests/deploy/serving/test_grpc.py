@@ -1,6 +1,8 @@
 """The protocol over gRPC, asked by NVIDIA's own client, whose proto is another copy than ours."""
 
+import json
 import queue
+import re
 import socket
 import subprocess
 import sys
@@ -8,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
 from deploy.serving.grpc_messages import HEALTH, INFERENCE, message_classes
 from tests.deploy.serving.running import Running, add_version, serving
+from tests.deploy.serving.test_inference_protocol import LENGTH, REQUESTS
 from tests.deploy.tiny_bundle import LABELS, colour_image, encoded
 
 grpc = pytest.importorskip("grpc")
@@ -125,6 +129,77 @@ def test_typed_contents_are_understood_as_well(running: Running) -> None:
         with pytest.raises(grpc.RpcError) as refused:
             call(types["ModelInferRequest"](model_name="m", inputs=inputs))
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+# What of the recorded requests is no call of gRPC's: JSON that is none, or binary data that its JSON tells wrongly of.
+ONLY_HTTP = {
+    "not json", "empty body", "no inputs", "json out of range", "header len too long", "header len garbage",
+    "header len negative", "binary size short", "binary size long", "GET infer",
+}  # fmt: skip
+OVER_GRPC = {
+    "wrong shape": "Expected [-1,-1,-1,3], got [1,3,10,10]",
+    "neg shape": "Expected [-1,-1,-1,3], got [-1,224,224,3]",
+    "zero batch": "batch-size must be >= 1",
+    "truncated body": "input byte size mismatch for input 'images' for model 'm'. Expected 150528, got 100",
+    "json data too few": "Shape does not match true shape of 'data' field",
+}
+STATUSES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND"}
+
+
+def as_message(case: str, path: str) -> dict[str, Any]:
+    """A recorded HTTP request's counterpart as the fields of ModelInferRequest."""
+    sent: list[httpx.Request] = []
+    transport = httpx.MockTransport(lambda request: (sent.append(request), httpx.Response(200))[1])
+    with httpx.Client(base_url="http://x", transport=transport) as client:
+        REQUESTS[case](client)
+    content = sent[0].content
+    length = int(sent[0].headers.get(LENGTH, len(content)))
+    said, (_, _, _, model, *version) = json.loads(content[:length]), path.split("/")[:-1]
+    (entry,) = said["inputs"]
+    entry.pop("parameters", None)
+    data = entry.pop("data", None)
+    if data is None:
+        raw = {"raw_input_contents": [content[length:]]}
+    else:
+        raw, entry["contents"] = {}, {"uint_contents": np.ravel(data).tolist()}
+    fields = {"inputs": said["inputs"], "outputs": said.get("outputs", []), "id": said.get("id", "")}
+    return {"model_name": model, "model_version": version[-1] if version else "", **fields, **raw}
+
+
+INFERS = [case for case in REQUESTS if not case.startswith(("GET", "repo", "load", "index")) and case not in ONLY_HTTP]
+
+
+@pytest.mark.parametrize("case", INFERS)
+def test_it_answers_the_recorded_requests_as_triton_does(
+    running: Running, recorded: dict[str, dict[str, Any]], case: str
+) -> None:
+    triton = recorded[case]
+    types = message_classes("inference", INFERENCE)
+    with grpc.insecure_channel(f"127.0.0.1:{running.grpc_port}") as channel:
+        call = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=types["ModelInferRequest"].SerializeToString,
+            response_deserializer=types["ModelInferResponse"].FromString,
+        )
+        message = types["ModelInferRequest"](**as_message(case, triton["path"]))
+        if triton["status"] == 200:
+            answer = call(message)
+            theirs = json.JSONDecoder().raw_decode(triton["body"])[0]
+            assert (answer.model_name, answer.model_version) == (theirs["model_name"], theirs["model_version"])
+            assert answer.id == theirs.get("id", "")
+            assert [each.name for each in answer.outputs] == ["probabilities", "embedding"]
+            assert [len(raw) for raw in answer.raw_output_contents] == [4 * 3, 4 * 3]
+            return
+        with pytest.raises(grpc.RpcError) as refused:
+            call(message)
+    told = refused.value.details()
+    if case in OVER_GRPC:
+        assert refused.value.code().name == "INVALID_ARGUMENT"
+        assert OVER_GRPC[case] in told
+        return
+    assert refused.value.code().name == STATUSES[triton["status"]]
+    said = json.loads(triton["body"])["error"].replace("'input'", "'images'")
+    assert re.sub(r"\d+", "#", told) == re.sub(r"\d+", "#", said)
 
 
 def test_infer_by_callback_and_by_stream(client: Any) -> None:

@@ -5,7 +5,6 @@ import gzip
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -115,11 +114,6 @@ OTHERWISE = {
     "json out of range": (400, "UINT8 wants whole numbers of 0 to 255"),
     "load unknown": (400, "failed to load 'zz', failed to poll from model repository"),
 }
-
-
-@pytest.fixture(scope="session")
-def recorded(material: Path) -> dict[str, dict[str, Any]]:
-    return {each["case"]: each for each in json.loads((material / "triton_golden.json").read_text())}
 
 
 def shape_of(value: Any) -> Any:

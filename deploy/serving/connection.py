@@ -1,0 +1,210 @@
+"""One connection: uvicorn's, with bodies handed on whole, answers written at once, and time limits that cost little.
+
+What ASGI's messages are too slow at, or cannot say, a request finds in its scope (Exchange).
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+MAX_HEAD_BYTES = 65_536
+PIECE_BYTES = 1_048_576
+HEAD_S = 15  # for a client to send its request line and headers
+EXCHANGE = "tanuki.exchange"
+
+
+class Deadline:
+    """A time limit that is set and lifted for each request and hardly ever reached.
+
+    A timer is not made anew each time: it stays, and looks again when it fires.
+
+    Args:
+        loop: The event loop, on which it is used.
+    """
+
+    __slots__ = ("_act", "_due", "_fires_at", "_loop", "_timer")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._timer: asyncio.TimerHandle | None = None
+        self._fires_at = self._due = 0.0
+        self._act: Callable[[], Any] | None = None
+
+    def set(self, seconds: float, act: Callable[[], Any]) -> None:
+        """Acts after so long, instead of whatever was set before."""
+        self._due, self._act = self._loop.time() + seconds, act
+        if self._timer is None or self._fires_at > self._due:
+            self._arm()
+
+    def lift(self) -> None:
+        """Acts no more."""
+        self._act = None
+
+    def end(self) -> None:
+        """Leaves no timer behind."""
+        self._act = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._fires_at = self._due
+        self._timer = self._loop.call_at(self._due, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        if self._act is None:
+            return
+        if self._loop.time() < self._due:
+            self._arm()
+        else:
+            act, self._act = self._act, None
+            act()
+
+
+class Connection(HttpToolsProtocol):
+    """A connection that gives a body to its request at once, and limits a request's head in size and in time."""
+
+    on_leave: Callable[[], Any] | None = None  # of the request that is being answered
+    _head_bytes = 0
+    _awaits_head = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._pieces: list[bytes] = []
+        self._piece_bytes = 0
+        self._patience = Deadline(self.loop)  # for a head, and for the next request
+        self.body_deadline = Deadline(self.loop)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._awaits_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._have_head()
+                self.send_400_response(f"More than {MAX_HEAD_BYTES} bytes of headers.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._have_head()
+        super().on_headers_complete()
+        self.scope[EXCHANGE] = Exchange(self, self.cycle)  # type: ignore[literal-required]
+
+    def on_body(self, body: bytes) -> None:
+        """Wakes the request once its body is there, or a large piece of it, and not for every read from the socket."""
+        if self.cycle.response_complete:
+            return
+        self._pieces.append(body)
+        self._piece_bytes += len(body)
+        if self._piece_bytes > PIECE_BYTES:
+            self._pass_on()
+            self.flow.pause_reading()
+            self.cycle.message_event.set()
+
+    def on_message_complete(self) -> None:
+        self._pass_on()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's, with another timer for the next request."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif not self._awaits_head:
+            self._patience.set(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._awaits_head = False
+        self._patience.end()
+        self.body_deadline.end()
+        super().connection_lost(exc)
+        if self.on_leave is not None:
+            self.on_leave()
+
+    def _pass_on(self) -> None:
+        """Gives the request what came of its body: copied once, and not at all where it came in one read."""
+        came = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        # Its copy as bytes, which the request gets, is then the very same object.
+        self.cycle.body = self.cycle.body + came if self.cycle.body else came  # type: ignore[assignment]
+        self._pieces, self._piece_bytes = [], 0
+
+    def _await_head(self) -> None:
+        self._awaits_head, self._head_bytes = True, 0
+        self._patience.set(HEAD_S, self.timeout_keep_alive_handler)
+
+    def _have_head(self) -> None:
+        self._awaits_head = False
+        self._patience.lift()
+
+
+class Exchange:
+    """A request and its answer on a connection; one at a time is answered there.
+
+    Args:
+        connection: Where it came.
+        cycle: Uvicorn's record of it.
+    """
+
+    __slots__ = ("_connection", "_cycle")
+
+    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
+        self._connection = connection
+        self._cycle = cycle
+
+    @property
+    def has_left(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self._cycle.disconnected or self._connection.transport.is_closing()
+
+    def on_leave(self, act: Callable[[], Any] | None) -> None:
+        """Acts when the client goes away; None for not any more."""
+        self._connection.on_leave = act
+
+    @property
+    def deadline(self) -> Deadline:
+        """A limit for the rest of its body."""
+        return self._connection.body_deadline
+
+    def reply(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes, *, is_last: bool) -> bool:
+        """Writes an answer in one piece; what names and values hold is the caller's care.
+
+        Args:
+            status: HTTP's code.
+            headers: The body's length among them.
+            body: Left out where the request was HEAD.
+            is_last: The connection is closed afterwards.
+
+        Returns:
+            False where the client does not read what it was sent before: nothing was written.
+        """
+        cycle = self._cycle
+        if cycle.disconnected:
+            return True
+        if cycle.flow.write_paused:
+            return False
+        cycle.keep_alive = cycle.keep_alive and not is_last
+        pieces = [STATUS_LINE[status]]
+        for name, value in (*cycle.default_headers, *headers):
+            pieces += (name, b": ", value, b"\r\n")
+        pieces.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
+        if cycle.scope["method"] != "HEAD":
+            pieces.append(body)
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        cycle.transport.write(b"".join(pieces))
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            cycle.transport.close()
+        cycle.on_response()
+        return True
