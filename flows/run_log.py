@@ -1,5 +1,6 @@
 """What flows that a worker runs have in common: our log lines, and mistakes that end as one paragraph."""
 
+import errno
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from prefect.states import Completed, Failed
 from deploy.errors import TanukiError
 from flows.workspace import BusyError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 ROOMS = ("flows", "tasks", "deploy")
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,14 @@ def told(run: Callable[[], State[Any]]) -> State[Any]:
         except TanukiError as error:
             logger.error("%s", error)
             return Failed(message=str(error))
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            logger.exception("no room")
+            return Failed(
+                message=f"{error}. Nothing was lost: make room on that disk (`tanuki gc --dry-run` tells what could "
+                "go), and the next run goes on."
+            )
 
 
 @contextmanager

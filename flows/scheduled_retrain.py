@@ -22,7 +22,7 @@ from flows.registries import registry_of
 from flows.retrain import publish_champion, retrain
 from flows.run_log import told
 from flows.run_metrics import record_retrain
-from flows.workspace import BusyError, exclusive, find_workspace, out_of_date
+from flows.workspace import WorkspaceError, exclusive, find_workspace, out_of_date
 from tasks.layout import Layout
 
 STATES = {
@@ -98,11 +98,14 @@ def _publish_rest(main: Layout) -> str:
 
 
 def _bring_back(main: Layout, clone: Layout, snapshot: Snapshot) -> None:
-    """Also after a failure: the stages that succeeded need not run again, and the report says what was wrong."""
+    """Also after a failure: the stages that succeeded need not run again, and the report says what was wrong.
+
+    Trouble here, as on a full disk, must not be told in place of that failure.
+    """
     try:
         with exclusive(main, "retrain by schedule", wait_s=PATIENCE_S):
             adopt(main, clone, snapshot)
-    except BusyError as error:
+    except (WorkspaceError, OSError) as error:
         logger.warning("what this run came to stays in its clone, the next run does it again: %s", error)
 
 

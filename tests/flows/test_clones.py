@@ -1,6 +1,7 @@
 """Clones that scheduled runs work in: what comes in, what goes back, and that two runs never share one."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.clones import adopt, borrow_clone, finish, prepare_clone, take_snapshot
+from flows.clones import Snapshot, adopt, borrow_clone, finish, prepare_clone, take_snapshot
 from flows.garbage import collect_garbage
+from flows.scheduled_retrain import _bring_back as bring_back
 from flows.workspace import dvc, exclusive, find_workspace, out_of_date, reproduce
 from tasks.layout import Layout
 from tests.conftest import Workspace, clone, write_digits
@@ -99,6 +101,18 @@ def test_what_somebody_retrained_meanwhile_stays(main: Layout) -> None:
             assert not adopt(main, clone, snapshot)
     assert counted_images(main) == "20"
     assert out_of_date(main) == {}
+
+
+def test_a_full_disk_while_results_go_back_does_not_hide_what_went_wrong_before(
+    main: Layout, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))  # no file can grow beyond that
+    try:
+        bring_back(main, Layout(main.clones_dir / "1"), Snapshot("", "", None))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "the next run does it again: [Errno 27] File too large" in caplog.text
 
 
 HOLDER = """

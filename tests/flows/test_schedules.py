@@ -1,13 +1,16 @@
 """deploy/prefect.yaml and what `tanuki up` makes of it: flows that exist, one at a time, states that are told of."""
 
+import errno
 import importlib
 import inspect
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel
+from prefect.client.schemas.objects import State
 from prefect.events import DeploymentTriggerTypes
 from pydantic import TypeAdapter
 from ruamel.yaml import YAML
@@ -15,6 +18,7 @@ from ruamel.yaml import YAML
 from deploy.errors import TanukiError
 from flows.canary import bounded, changes
 from flows.clones import Snapshot, scratch_copy
+from flows.run_log import told
 from flows.scheduled_retrain import STATES
 from flows.signals import RETRAIN_WANTED
 from flows.up.parts import Part
@@ -75,6 +79,17 @@ def test_a_wrong_address_is_refused_without_telling_its_secret(settings: UpSetti
     with pytest.raises(TanukiError, match=expected) as refused:
         check(settings)
     assert "secret" not in str(refused.value)
+
+
+def test_a_full_disk_ends_a_run_with_what_to_do_and_a_mistake_of_ours_with_its_traceback() -> None:
+    def fail(number: int) -> State:
+        raise OSError(number, os.strerror(number))
+
+    state = told(lambda: fail(errno.ENOSPC))
+    assert state.name == "Failed"
+    assert "No space left on device. Nothing was lost: make room" in str(state.message)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        told(lambda: fail(errno.EBADF))
 
 
 @pytest.mark.parametrize(
