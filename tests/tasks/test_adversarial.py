@@ -409,13 +409,17 @@ def attackable(layout: Layout) -> Layout:
 
 @pytest.mark.slow
 def test_what_ships_is_attacked_on_test_images_and_hardly_withstands(attackable: Layout, repository: Path) -> None:
+    """At 16/255: what falls at once costs AutoAttack a tenth of the time."""
     params = load_params(repository / "params.yaml")
-    work = {"finetune": params.finetune, "evaluate": params.evaluate}
-    report = attack.run(attackable, seed=0, attack=params.attack.model_copy(update={"images": 10}), **work)
-    assert (report.model, report.num_images, report.epsilon) == ("linear probe", 10, 4)
+    adversarial = params.finetune.adversarial.model_copy(update={"epsilon": 16.0})
+    settings = params.finetune.model_copy(update={"adversarial": adversarial})
+    work = {"finetune": settings, "evaluate": params.evaluate}
+    report = attack.run(attackable, seed=0, attack=params.attack.model_copy(update={"images": 6}), **work)
+    assert (report.model, report.num_images, report.epsilon) == ("linear probe", 6, 16)
     shares = [report.accuracy[name].accuracy for name in ("clean", STRONGEST, attack.LONG_PGD, attack.WITHSTOOD)]
     assert shares == sorted(shares, reverse=True)
-    assert shares[0] > 0.6 > shares[-1]
+    assert shares[0] > 0.6
+    assert shares[-1] < 0.2
     assert report.auto_attack is is_installed()
     images = read_manifest(attackable.accepted)
     write_manifest(attackable.accepted, images[images["split"] != "test"])
