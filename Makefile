@@ -50,7 +50,7 @@ format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 
 lock: $(READY)  ## resolve requirements.lock anew
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --extra serve --extra grpc --extra capture --extra train --extra flows --extra timm --extra scale --extra sign --extra bucket --extra ssh --extra s3 --extra dev pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --extra serve --extra grpc --extra capture --extra train --extra flows --extra timm --extra scale --extra sign --extra bucket --extra robust --extra ssh --extra s3 --extra dev pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --extra serve --extra grpc --extra capture --extra sign --extra bucket -c requirements.lock pyproject.toml -o requirements-serve.lock
 
 clean:  ## drop everything that a retrain makes, but not data/raw and not the registry

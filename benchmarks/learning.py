@@ -9,13 +9,14 @@ the stages up to the probe, then each way that is asked for, and appends a line 
 - imbalance: the probe with every other class cut to a tenth of its training images, without and with logit adjustment.
 - top, full: fine-tuning of the top layers, of all but the stem.
 - adversarial: after the probe, against attacks; accuracy on test images, clean and under PGD-20.
+- speed: the stage top against the loop that tutorials write, which reads and crops pictures anew and runs the frozen
+  part in eager float32 in every step. A few steps of either are timed, for as many as the stage takes, and validation;
+  processor seconds, because the machine may have other work.
 
-The training of the top layers is also timed as tutorials write it: pictures decoded and cropped anew and the frozen
-part run in eager float32, in every step. A few such steps and a validation pass are timed, for as many of both as the
-stage did; processor seconds, because the machine may have other work. A set with official test images keeps those;
-validation images are drawn anew by each seed. What is in the results is not run again, and after --minutes nothing new
-is begun, so a long run can be taken in pieces. At the end it prints the table of all results: means over the seeds,
-their range, and the mean paired difference to the probe with its Student interval.
+A set with official test images keeps those; validation images are drawn anew by each seed. What is in the results is
+not run again, and after --minutes nothing new is begun, so a long run can be taken in pieces. At the end it prints the
+table of all results: means over the seeds, their range, and the mean paired difference to the probe with its Student
+interval.
 """
 
 from __future__ import annotations
@@ -48,21 +49,24 @@ from tasks.data.manifest import read_manifest, write_manifest
 from tasks.data.views import view_names
 from tasks.evaluation.metrics import accuracy_of
 from tasks.layout import Layout
-from tasks.models.architectures import build_network
+from tasks.models.architectures import Network, build_network
 from tasks.models.backbone_card import read_card
 from tasks.models.head import Head, read_head
 from tasks.params import Params, load_params
 from tasks.training.adversarial import answered_rightly, fixed_rows, robustness_attacks
 from tasks.training.augmented import LabelledPixels
+from tasks.training.boundary import open_boundary
 from tasks.training.linear_probe import mean_recall
 from tasks.training.prototypes import class_prototypes
-from tasks.training.staged import batched, deterministic_torch, logits_of
+from tasks.training.schedule import StageLength, TuningSettings, stage_length
+from tasks.training.staged import batched, deterministic_torch, embeddings_of, logits_of
+from tasks.training.tuner import Pace, StageTuner, StandardisedHead
 
 BEFORE = ("fetch_backbone", "index_images", "validate_data", "cache_features", "train_head")
 STAGES = {"top": ("top",), "full": ("top", "rest"), "adversarial": ("adversarial",)}
-WAYS = ("prototypes", "probe", "imbalance", *STAGES)
+WAYS = ("prototypes", "probe", "imbalance", "speed", *STAGES)
 CUT = 10  # what is left of every other class: one in so many
-TIMED_STEPS = 6
+TIMED_STEPS = 3
 CONFIDENCE = 0.95
 
 Facts = dict[str, Any]
@@ -98,8 +102,8 @@ def run_way(layout: Layout, params: Params, way: str) -> Facts:
     """What a way came to; the stages up to the probe have run."""
     if way in STAGES:
         return _tuned(layout, params, way)
-    if way == "imbalance":
-        return _imbalance(layout, params)
+    if way in ("imbalance", "speed"):
+        return (_imbalance if way == "imbalance" else _speed)(layout, params)
     card, images = read_card(layout.backbone_card), read_manifest(layout.accepted)
     train, test = images[images["split"] == "train"], images[images["split"] == "test"]
     head, seconds = read_head(layout.head_dir), json.loads(layout.times("train_head").read_text())["seconds"]
@@ -155,8 +159,6 @@ def _tuned(layout: Layout, params: Params, way: str) -> Facts:
         facts["accuracy"] = float((logits.argmax(axis=1) == data.labels).mean())
         if way == "adversarial":
             facts |= _attacked(layout, params, data, {"probe": layout.backbone_weights, "adversarial": weights})
-    if way == "top" and report.stages[0].steps:
-        facts |= _as_tutorials_do(layout, params, report.stages[0].steps, report.stages[0].epochs)
     return facts
 
 
@@ -175,13 +177,60 @@ def _attacked(layout: Layout, params: Params, data: LabelledPixels, networks: Ma
     return {**facts, "epsilon": settings.epsilon, "num_attacked": len(rows)}
 
 
-def _as_tutorials_do(layout: Layout, params: Params, steps: int, epochs: int) -> Facts:
-    """Processor seconds of as many steps and validation passes, timed on a few; the frozen part in eager float32."""
+def _speed(layout: Layout, params: Params) -> Facts:
+    """Processor seconds of the stage top at its full length, ours and as tutorials write it, from a few timed steps."""
     card, head, images = read_card(layout.backbone_card), read_head(layout.head_dir), read_manifest(layout.accepted)
-    train, val = (images[images["split"] == split] for split in ("train", "val"))
-    views = view_names(params.finetune.views, params.augment.hflip)
-    sessions, size = finetune._open_preprocessing(layout, card), params.finetune.batch_size
-    data = finetune._labelled(layout, train, head, sessions, views, params.augment)
+    num_train, num_val = (int((images["split"] == split).sum()) for split in ("train", "val"))
+    settings, sessions = (
+        finetune._settings(card, params.seed, params.finetune),
+        finetune._open_preprocessing(layout, card),
+    )
+    size, views = settings.batch_size, params.finetune.views
+    length = stage_length(
+        num_images=num_train,
+        batch_size=size,
+        epochs=settings.epochs,
+        length_factor=1.0,
+        max_steps=settings.max_steps,
+        affordable_steps=settings.max_steps,
+    )
+    some = images[images["split"] == "train"].sample(size * TIMED_STEPS, random_state=0)
+    crops = view_names(2, params.augment.hflip)[1:]
+    data = finetune._labelled(layout, some, head, sessions, crops, params.augment)
+    with deterministic_torch(available_cores()):
+        network = finetune._load_network(layout, card).to(memory_format=torch.channels_last)
+        fill_s, step_s, judge_s = _ours(network, head, data, settings, length, layout.checkpoints_dir)
+        full_step_s, full_judge_s = _as_tutorials_do(layout, head, data, size)
+    seen = num_train * views + num_val
+    ours = seen * fill_s + length.steps * step_s + length.epochs * num_val * judge_s
+    theirs = length.steps * full_step_s + length.epochs * num_val * full_judge_s
+    return {"ours_cpu_s": ours, "tutorial_cpu_s": theirs, "steps": length.steps, "epochs": length.epochs}
+
+
+def _ours(
+    network: Network, head: Head, data: LabelledPixels, settings: TuningSettings, length: StageLength, directory: Path
+) -> tuple[float, float, float]:
+    """Seconds to keep the frozen output of a picture, of a step from it, and of a picture that is judged from it."""
+    group, size = network.num_groups - 1, settings.batch_size
+    work: Facts = {"passes": math.inf, "max_bytes": 10**10, "directory": directory, "batch_size": size, "what": "speed"}
+    began = time.process_time()
+    source, _ = open_boundary(network, group, data.pixels, **work)
+    fill_s, began = (time.process_time() - began) / len(data.labels), time.process_time()
+    embeddings = embeddings_of(network, group, source, size)
+    judge_s = (time.process_time() - began) / len(data.labels)
+    pace = Pace(settings.recipe, [0.0] * 2, settings.weight_decay, length, 0.1, settings.clip_norm, settings.ema_decay)
+    tuner = StageTuner(network, group, StandardisedHead(head, embeddings), pace)
+    batches = batched([(row, 0) for row in range(len(data.labels))], size)
+    targets = [torch.from_numpy(data.labels[[row for row, _ in batch]]) for batch in batches]
+    tuner.run_epoch(source.batches(batches[:1]), targets[:1])
+    began = time.process_time()
+    tuner.run_epoch(source.batches(batches), targets)
+    return fill_s, (time.process_time() - began) / len(batches), judge_s
+
+
+def _as_tutorials_do(layout: Layout, head: Head, data: LabelledPixels, size: int) -> tuple[float, float]:
+    """Seconds of a step and of a validation picture: read and cropped anew, the frozen part in eager float32."""
+    card = read_card(layout.backbone_card)
     network = build_network(card.architecture, depths=card.depths)
     network.load_trunk(load_file(layout.backbone_weights))
     for parameter in network.parameters():
@@ -191,23 +240,20 @@ def _as_tutorials_do(layout: Layout, params: Params, steps: int, epochs: int) ->
     for parameter in moving:
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW([*moving, *linear.parameters()], lr=0.0)
-    batches = batched([(row % len(train), row % len(views)) for row in range(size * (1 + TIMED_STEPS))], size)
-    with deterministic_torch(available_cores()):
-        for some in (batches[:1], batches[1:]):  # the first one warms up
-            began = time.process_time()
-            for batch, pixels in zip(some, data.pixels.batches(some), strict=True):
-                labels = torch.from_numpy(data.labels[[row for row, _ in batch]])
-                loss = nn.functional.cross_entropy(linear(network(torch.from_numpy(pixels))), labels)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-        step_s, began = (time.process_time() - began) / TIMED_STEPS, time.process_time()
-        few = batched([(row, 0) for row in range(min(4 * size, len(train)))], size)
-        with torch.no_grad():
-            for pixels in data.pixels.batches(few):
-                linear(network(torch.from_numpy(pixels)))
-        val_s = (time.process_time() - began) / sum(map(len, few)) * len(val)
-    return {"tutorial_cpu_s": steps * step_s + epochs * val_s, "steps": steps, "epochs": epochs}
+    batches = batched([(row, 0) for row in range(len(data.labels))], size)
+    for some in (batches[:1], batches):  # the first one warms up
+        began = time.process_time()
+        for batch, pixels in zip(some, data.pixels.batches(some), strict=True):
+            labels = torch.from_numpy(data.labels[[row for row, _ in batch]])
+            loss = nn.functional.cross_entropy(linear(network(torch.from_numpy(pixels))), labels)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    step_s, began = (time.process_time() - began) / len(batches), time.process_time()
+    with torch.no_grad():
+        for pixels in data.pixels.batches(batches[:1]):
+            linear(network(torch.from_numpy(pixels)))
+    return step_s, (time.process_time() - began) / size
 
 
 def _test_pixels(layout: Layout, params: Params) -> LabelledPixels:
@@ -240,10 +286,9 @@ def table(lines: Sequence[Facts]) -> str:
             f"| {way} | {len(found)} | {values.mean():.3f} | {values.min():.3f} to {values.max():.3f} | {told} "
             f"| {seconds:.1f} | {kept} |"
         )
-    ratios = [each["tutorial_cpu_s"] / each["cpu_s"] for each in by_way["top"].values() if "tutorial_cpu_s" in each]
-    if ratios:
+    if ratios := [each["tutorial_cpu_s"] / each["ours_cpu_s"] for each in by_way["speed"].values()]:
         rows += ["", f"Top layers: {np.median(ratios):.1f} times less processor time than as tutorials write it "]
-        rows[-1] += f"({min(ratios):.1f} to {max(ratios):.1f}, {len(ratios)} seeds), reading and validation included."
+        rows[-1] += f"({min(ratios):.1f} to {max(ratios):.1f}, {len(ratios)} times measured), validation included."
     if uneven := by_way["imbalance"].values():
         before, after = (np.array([each[f"balanced_{strength}"] for each in uneven]) for strength in (0, 1))
         rows += ["", f"Uneven classes ({next(iter(uneven))['class_ratio']:.0f} to 1): balanced accuracy "]
