@@ -90,7 +90,17 @@ def wrk(request: Request, port: int, server: psutil.Process, clients: int, secon
         headers = "\n".join(f'wrk.headers["{name}"] = "{value}"' for name, value in request.headers)
         script.write_text(WRK.format(body=body, headers=headers))
         url = f"http://127.0.0.1:{port}{request.path}"
-        command = ["wrk", "-t1", f"-c{clients}", f"-d{max(1, round(seconds))}s", "-s", str(script), url]
+        command = [
+            "wrk",
+            "-t1",
+            "--timeout",
+            "30s",
+            f"-c{clients}",
+            f"-d{max(1, round(seconds))}s",
+            "-s",
+            str(script),
+            url,
+        ]
         before = cpu_s(server)
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
         cpu = cpu_s(server) - before

@@ -57,7 +57,8 @@ class Running:
         return next(int(line["grpc_port"]) for line in self.lines() if line.get("grpc_port"))
 
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        whole = self.log.read_text().rpartition("\n")[0]  # the last line may still be on its way
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     def metric(self, name: str) -> float:
         """A counter or gauge, all its labels summed."""

@@ -197,6 +197,20 @@ def test_a_slow_or_broken_client_is_let_go(running: Running) -> None:
     assert running.client.get("/v2/health/ready").status_code == 200
 
 
+def test_a_client_that_does_not_read_is_waited_for_and_gets_every_answer(running: Running) -> None:
+    """As many pages as no buffer between the two holds, all asked for at once."""
+    page = running.client.get("/").content
+    num, ask = 16_000_000 // len(page), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as line:
+        last = ask.replace(b"Host", b"Connection: close\r\nHost")
+        asking = threading.Thread(target=line.sendall, args=(ask * (num - 1) + last,))
+        asking.start()
+        time.sleep(0.5)  # until the server can write no more
+        answered = b"".join(iter(lambda: line.recv(1_000_000), b""))
+        asking.join()
+    assert answered.count(page) == answered.count(b"HTTP/1.1 200 OK") == num
+
+
 def test_metrics_tell_what_happened(running: Running) -> None:
     before = running.metric("tanuki_pictures_total")
     running.client.post("/predict", content=BLUE)
