@@ -37,7 +37,9 @@ def digests(raw: Path) -> dict[str, str]:
 
 def contents(raw: Path) -> dict[str, bytes]:
     images = open_images(raw)
-    return {image.path: images.file(image.path).read_bytes() for image in images.listing().images}
+    found = {image.path: images.read_bytes(image.path) for image in images.listing().images}
+    assert found == {path: images.file(path).read_bytes() for path in found}
+    return found
 
 
 @pytest.fixture
@@ -132,8 +134,9 @@ def test_many_threads_read_at_once(raw: Path) -> None:
 def test_an_image_that_is_not_there_fails_like_a_file(raw: Path) -> None:
     gone = open_images(raw).file("a/99.png")
     assert not gone.is_file()
-    with pytest.raises(FileNotFoundError, match=r"a/99\.png"):
-        gone.read_bytes()
+    for read in (gone.read_bytes, lambda: open_images(raw).read_bytes("a/99.png")):
+        with pytest.raises(FileNotFoundError, match=r"a/99\.png"):
+            read()
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
