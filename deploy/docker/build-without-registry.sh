@@ -19,6 +19,6 @@ ln -sf python3 "$ROOT/usr/bin/python"
 rm -rf "$ROOT"/var/cache/apt/archives/*.deb
 container=$(buildah from scratch)
 buildah copy --quiet "$container" "$ROOT" /
-buildah commit --quiet "$container" "docker.io/library/$BASE"
+buildah commit --quiet "$container" "localhost/$BASE"
 buildah rm "$container"
 buildah bud --pull-never "$@" -f $FILE -t tanuki-serve .
