@@ -215,7 +215,7 @@ def lay_out(folder: Path, root: Path, *, finetune: bool) -> Layout:
     yaml.dump(schedules, layout.schedules)
     for words in (
         ("init", "--quiet", "--bare", "--initial-branch", "main", str(folder / "upstream.git")),
-        ("checkout", "--quiet", "-b", "main"),
+        ("checkout", "--quiet", "-B", "main"),
         ("config", "user.name", "Soak"),
         ("config", "user.email", "soak@example.org"),
         ("remote", "set-url", "origin", str(folder / "upstream.git")),
