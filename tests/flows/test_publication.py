@@ -76,6 +76,7 @@ def champion(workspace: Workspace, layout: Layout, sharpness: float) -> None:
     registry.promote(version.id, reason="better", expected=registry.champion_id())
 
 
+@pytest.mark.slow
 def test_a_run_by_the_clock_with_nothing_to_do_publishes_what_an_earlier_one_could_not(
     workspace: Workspace, layout: Layout, tmp_path: Path
 ) -> None:
