@@ -8,7 +8,9 @@ verifies is recorded in the graph's metadata. Called by fetch_backbone, export_o
 import io
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import onnx
@@ -137,7 +139,7 @@ def _quietly(
     """Runs an exporter without what it tells about itself; what matters is verified afterwards."""
     talkers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
     levels = [talker.level for talker in talkers]
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _out_of_place(network):
         warnings.simplefilter("ignore")
         for talker in talkers:
             talker.setLevel(logging.ERROR)
@@ -146,6 +148,19 @@ def _quietly(
         finally:
             for talker, level in zip(talkers, levels, strict=True):
                 talker.setLevel(level)
+
+
+@contextmanager
+def _out_of_place(network: nn.Module) -> Iterator[None]:
+    """Activations make new values meanwhile: the dynamo exporter gives the same graph and is a third faster."""
+    inside: list[Any] = [module for module in network.modules() if getattr(module, "inplace", False)]
+    for module in inside:
+        module.inplace = False
+    try:
+        yield
+    finally:
+        for module in inside:
+            module.inplace = True
 
 
 def _dynamo(network: nn.Module, example: torch.Tensor, opset: int, outputs: Sequence[str]) -> onnx.ModelProto:

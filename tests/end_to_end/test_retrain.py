@@ -1,7 +1,7 @@
 """The main job, for real: a workspace in git and DVC, Prefect's own server, torch, onnxruntime; 400 handwritten digits.
 
 One workspace (`lived_in` of tests/conftest.py) lives through these tests in order, as a user's would: first retrain,
-nothing changed, a changed number, more images.
+nothing changed, a changed number, more images and a kill.
 """
 
 import json
@@ -101,36 +101,13 @@ def test_a_dvc_lock_that_a_kill_left_half_written_is_put_back(
 
 
 def test_an_experiment_changes_the_metrics_it_should(lived_in: Workspace, first_retrain: dict) -> None:
-    before = report(lived_in, "train_head")
-    lived_in.dvc("exp", "run", "--set-param", "train_head.num_c=2", "--name", "two-strengths")
-    assert report(lived_in, "train_head") != before
-    assert "train_head" in lived_in.dvc("metrics", "diff").stdout
+    before = report(lived_in, "evaluate")
+    lived_in.dvc("exp", "run", "--set-param", "evaluate.calibration_bins=5", "--name", "five-bins")
+    assert report(lived_in, "evaluate") != before
+    assert "evaluate" in lived_in.dvc("metrics", "diff").stdout
     lived_in.run("git", "checkout", "--quiet", "--", "params.yaml", "dvc.lock")
     lived_in.dvc("checkout")
-    assert report(lived_in, "train_head") == before
-
-
-def test_more_images_cost_only_themselves(lived_in: Workspace, first_retrain: dict, tmp_path: Path) -> None:
-    number = write_digits(tmp_path / "more", IMAGES_PER_CLASS, IMAGES_PER_CLASS + MORE_IMAGES)
-    added = json.loads(lived_in.tanuki("add", tmp_path / "more", "--json").stdout)
-    assert added["added"] == number
-    summary = json.loads(lived_in.tanuki("retrain", "--json").stdout)
-    assert report(lived_in, "index_images")["decoded"] == number
-    features = report(lived_in, "cache_features")
-    assert 0 < features["extracted"] <= number * len(features["views"])
-    outcomes = {stage["stage"]: stage["outcome"] for stage in summary["stages"]}
-    assert outcomes["fetch_backbone"] == "up to date"
-    assert outcomes["train_head"] == "ran"
-    assert summary["decision"]["outcome"] in ("promote", "refuse", "undecided")
-    assert len(json.loads(lived_in.tanuki("versions", "--json").stdout)) == 2
-
-
-def test_a_forced_promotion_and_a_rollback_are_told_in_the_history(lived_in: Workspace, first_retrain: dict) -> None:
-    lived_in.tanuki("promote", "2", "--reason", "asked for by the shop floor", check=False)
-    lived_in.tanuki("rollback", "--reason", "it was slower")
-    champion = [row["id"] for row in json.loads(lived_in.tanuki("versions", "--json").stdout) if row["champion"]]
-    assert champion == [1]
-    assert "it was slower" in (lived_in.root / "data" / "registry" / "events.jsonl").read_text()
+    assert report(lived_in, "evaluate") == before
 
 
 def fine_tuning(workspace: Workspace) -> subprocess.Popen[str]:
@@ -150,12 +127,15 @@ def test_ctrl_c_ends_a_retrain_within_seconds_and_says_so(lived_in: Workspace, f
     assert time.monotonic() - start < 60
     assert "Interrupted. Nothing was lost" in told
     assert "Traceback" not in told
+    lived_in.set_param("finetune.clip_norm", 1.0)
 
 
-def test_a_second_retrain_while_one_runs_is_told_so_and_a_killed_one_loses_nothing(
-    lived_in: Workspace, first_retrain: dict
+def test_a_second_retrain_while_one_runs_is_told_so_and_a_killed_one_leaves_the_champion(
+    lived_in: Workspace, first_retrain: dict, tmp_path: Path
 ) -> None:
-    lived_in.set_param("finetune.clip_norm", 0.9)
+    number = write_digits(tmp_path / "more", IMAGES_PER_CLASS, IMAGES_PER_CLASS + MORE_IMAGES)
+    added = json.loads(lived_in.tanuki("add", tmp_path / "more", "--json").stdout)
+    assert added["added"] == number
     first = fine_tuning(lived_in)
     os.killpg(first.pid, signal.SIGSTOP)  # in the middle of it, however long what follows takes
     second = lived_in.tanuki("retrain", check=False)
@@ -165,7 +145,26 @@ def test_a_second_retrain_while_one_runs_is_told_so_and_a_killed_one_loses_nothi
     assert second.returncode == 1
     assert "is busy" in second.stderr
     assert "Traceback" not in second.stderr
-    champion = json.loads(lived_in.tanuki("status", "--json").stdout)["champion"]
-    assert champion["id"] == 1
-    after = json.loads(lived_in.tanuki("retrain", "--json").stdout)
-    assert {stage["stage"]: stage["outcome"] for stage in after["stages"]}["finetune"] == "ran"
+    assert json.loads(lived_in.tanuki("status", "--json").stdout)["champion"]["id"] == 1
+
+
+def test_more_images_cost_only_themselves_and_the_kill_only_the_stage_that_ran(
+    lived_in: Workspace, first_retrain: dict
+) -> None:
+    summary = json.loads(lived_in.tanuki("retrain", "--json").stdout)
+    number = 10 * MORE_IMAGES
+    assert report(lived_in, "index_images")["decoded"] == number
+    features = report(lived_in, "cache_features")
+    assert 0 < features["extracted"] <= number * len(features["views"])
+    outcomes = {stage["stage"]: stage["outcome"] for stage in summary["stages"]}
+    assert list(outcomes.values()) == ["up to date"] * 5 + ["ran"] * 3  # from finetune on
+    assert summary["decision"]["outcome"] in ("promote", "refuse", "undecided")
+    assert len(json.loads(lived_in.tanuki("versions", "--json").stdout)) == 2
+
+
+def test_a_forced_promotion_and_a_rollback_are_told_in_the_history(lived_in: Workspace, first_retrain: dict) -> None:
+    lived_in.tanuki("promote", "2", "--reason", "asked for by the shop floor", check=False)
+    lived_in.tanuki("rollback", "--reason", "it was slower")
+    champion = [row["id"] for row in json.loads(lived_in.tanuki("versions", "--json").stdout) if row["champion"]]
+    assert champion == [1]
+    assert "it was slower" in (lived_in.root / "data" / "registry" / "events.jsonl").read_text()
