@@ -22,7 +22,7 @@ from pathlib import Path
 from deploy.files import sha256_file, write_bytes
 from flows.dvc_files import keep_lock, mend
 from flows.graph import Stage, read_stages
-from flows.workspace import BusyError, WorkspaceError, dvc, git, track_raw
+from flows.workspace import BusyError, WorkspaceError, cache_dir, dvc, git, set_dvc_cache, track_raw
 from tasks.layout import Layout
 from tasks.params import load_params
 
@@ -241,11 +241,9 @@ def _is_clone_of(main: Layout, clone: Layout) -> bool:
 def _configure(main: Layout, clone: Layout) -> None:
     """The workspace's own settings of DVC, secrets of remotes included, and its cache."""
     local = Path(".dvc") / "config.local"
-    cache = dvc(main, "cache", "dir")
     if (main.root / local).is_file():
         shutil.copy(main.root / local, clone.root / local)
-    dvc(clone, "cache", "dir", "--local", str(Path(main.root, ".dvc", cache).resolve()))
-    dvc(clone, "config", "--local", "cache.type", LINKS)
+    set_dvc_cache(clone, cache_dir(main), link=LINKS)
 
 
 def _link_weights(main: Layout, clone: Layout) -> None:

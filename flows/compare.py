@@ -22,6 +22,7 @@ from prefect.cache_policies import NO_CACHE
 from deploy.files import write_json
 from flows.workspace import (
     WorkspaceError,
+    cache_dir,
     dvc,
     exclusive,
     find_workspace,
@@ -29,6 +30,7 @@ from flows.workspace import (
     reproduce,
     run_experiment,
     run_recipe,
+    set_dvc_cache,
     track_raw,
 )
 from tasks.layout import Layout
@@ -153,7 +155,7 @@ def open_sandbox(layout: Layout, head: str) -> Layout:
     local = layout.root / ".dvc" / "config.local"
     if local.is_file():
         shutil.copy(local, sandbox.root / ".dvc")
-    dvc(sandbox, "config", "--local", "cache.dir", dvc(layout, "cache", "dir"))
+    set_dvc_cache(sandbox, cache_dir(layout))
     dvc(sandbox, "checkout", "--quiet", "--force", "--allow-missing")
     return sandbox
 

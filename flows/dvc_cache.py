@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.workspace import dvc
+from flows.workspace import cache_dir, dvc
 from tasks.layout import Layout
 
 SCOPE = ("--all-commits", "--all-experiments")  # and the workspace, always
@@ -46,7 +46,7 @@ def sweep_cache(
     Raises:
         WorkspaceError: If DVC refuses; nothing was removed then.
     """
-    cache = Path(dvc(layout, "cache", "dir"))
+    cache = cache_dir(layout)
     if not cache.resolve().is_relative_to(layout.root.resolve()):
         return CacheSweep(
             left_alone=f"DVC's cache {cache} lies outside this workspace, and others may use it: look at `dvc gc "

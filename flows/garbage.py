@@ -18,7 +18,7 @@ from deploy.registry import Registry
 from flows.clones import ClonesSweep, clones_at_rest, sweep_clones
 from flows.dvc_cache import CacheSweep, sweep_cache
 from flows.registries import registry_of
-from flows.workspace import WorkspaceError, dvc
+from flows.workspace import WorkspaceError, cache_dir
 from tasks.data.feature_store import Orphans, Space, drop_orphans
 from tasks.data.manifest import read_manifest
 from tasks.errors import BackboneError, DataError
@@ -146,7 +146,7 @@ def _needs_of_versions(layout: Layout, registry: Registry, forget: Collection[in
     versions = [version.id for version in registry.versions() if version.id not in forget]
     if not versions:
         return []
-    cache = Path(dvc(layout, "cache", "dir")) / "files" / "md5"
+    cache = cache_dir(layout) / "files" / "md5"
     needs, lost = [], []
     for version in versions:
         hashes = registry.registered_lineage(version).get("dvc_outputs", {})

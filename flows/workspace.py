@@ -241,10 +241,39 @@ def track_raw(layout: Layout) -> None:
 
 def default_remote(layout: Layout) -> str | None:
     """The name of DVC's default remote; None where none is set."""
+    return dvc_setting(layout, "core", "remote")
+
+
+def cache_dir(layout: Layout) -> Path:
+    """DVC's cache, which may lie outside the workspace."""
+    return Path(dvc_setting(layout, "cache", "dir") or layout.root / ".dvc" / "cache")
+
+
+def dvc_setting(layout: Layout, section: str, key: str) -> str | None:
+    """What `dvc config SECTION.KEY` tells, a path in full; at once, where that takes DVC's command a second.
+
+    Raises:
+        WorkspaceError: If DVC's settings cannot be read.
+    """
     try:
-        return dvc(layout, "config", "core.remote") or None
-    except WorkspaceError:
-        return None  # DVC's way to say that it is not set
+        value = _dvc_config(layout)[section].get(key)
+    except Exception as error:  # ConfigError, and whatever its parsers raise at a file that is none
+        raise WorkspaceError(f"DVC's settings in {layout.root / '.dvc'} cannot be read: {error}") from error
+    return None if value is None else str(value)
+
+
+def set_dvc_cache(layout: Layout, folder: Path, *, link: str | None = None) -> None:
+    """Sets where this checkout keeps DVC's cache, and how files are linked to it, in its local settings."""
+    with _dvc_config(layout).edit("local") as settings:
+        settings["cache"] = {**settings.get("cache", {}), "dir": str(folder.resolve())}
+        if link is not None:
+            settings["cache"]["type"] = link
+
+
+def _dvc_config(layout: Layout) -> Any:
+    from dvc.config import Config  # here: half of what starts this command has no question of this kind
+
+    return Config(str(layout.root / ".dvc"))
 
 
 def missing_in_remote(layout: Layout, *targets: str) -> list[str]:
