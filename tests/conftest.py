@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.awkward import make_awkward
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("unhurried", deadline=None)
@@ -166,7 +168,7 @@ def workspace(tmp_path: Path, prefect_home: Path) -> Workspace:
     return clone(tmp_path / "workspace", prefect_home)
 
 
-def write_digits(folder: Path, start: int, stop: int) -> int:
+def write_digits(folder: Path, start: int, stop: int, *, names: Mapping[str, str] | None = None) -> int:
     """The sample's digits from ``start`` to ``stop`` of each class, a folder a class; returns how many."""
     from flows.sample import sample_images
 
@@ -175,7 +177,7 @@ def write_digits(folder: Path, start: int, stop: int) -> int:
     for name, data in sample_images().items():
         label = Path(name).parts[0]
         if start <= seen[label] < stop:
-            path = folder / name
+            path = folder / (names or {}).get(label, label) / Path(name).name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
             written += 1
@@ -191,10 +193,12 @@ def make_quick(workspace: Workspace) -> None:
     workspace.set_param("train_head.num_c", 5)
 
 
-def prepared(root: Path, prefect_home: Path, digits: Path) -> Workspace:
+def prepared(root: Path, prefect_home: Path, digits: Path, *, awkward: bool = False) -> Workspace:
     workspace = clone(root, prefect_home)
     make_quick(workspace)
     workspace.tanuki("add", digits)
+    if awkward:
+        make_awkward(workspace.root / "data" / "raw")
     workspace.run("git", "add", "--all")
     workspace.run("git", "commit", "--quiet", "--message", "Digits")
     return workspace
@@ -209,26 +213,50 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lived_in(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path, digits: Path) -> Workspace:
-    """A workspace with the digits added, one for all workers of a run; tests/end_to_end/test_retrain.py lives in it."""
+def lived_in(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Workspace:
+    """Digits, odd labels and broken files: one workspace for all workers of a run; test_retrain.py lives in it."""
     root = shared_folder(tmp_path_factory) / "lived_in" / "workspace"
+    prefect_home = root.parent / "prefect"
     with alone(root.parent):
         if not (root / "data" / "raw.dvc").is_file():
-            return prepared(root, prefect_home, digits)
+            return prepared(root, prefect_home, digits, awkward=True)
     return Workspace(root, prefect_home)
 
 
 @pytest.fixture(scope="session")
 def first_retrain(lived_in: Workspace) -> dict:
-    """The summary of the first retrain in ``lived_in``; its bundle is version 1 of the registry, for good."""
+    """The summary of the first retrain in ``lived_in``; its bundle is version 1 of the registry, for good.
+
+    Done by somebody whom git does not know.
+    """
     told = lived_in.root.parent / "first_retrain.json"
     with alone(told.parent):
         if not told.is_file():
-            summary = lived_in.tanuki("retrain", "--json").stdout
-            for kept in (lived_in.root / "data" / "bundle" / "model.onnx", lived_in.root / "dvc.lock"):
-                shutil.copy(kept, told.parent)  # as they were then: the tests that live in it go on
-            told.write_text(summary)
+            run = retrain_unknown(lived_in, "--json")
+            assert run.returncode == 0, run.stdout + run.stderr
+            shutil.copytree(lived_in.root, told.with_suffix(""), symlinks=True)  # the tests that live in it go on
+            told.write_text(run.stdout)
     return json.loads(told.read_text())
+
+
+@pytest.fixture(scope="session")
+def retrained(lived_in: Workspace, first_retrain: dict) -> Path:
+    """A copy of ``lived_in`` as its first retrain left it."""
+    return lived_in.root.parent / "first_retrain"
+
+
+def retrain_unknown(workspace: Workspace, *options: str) -> subprocess.CompletedProcess[str]:
+    """A retrain by somebody whom git does not know."""
+    identity = ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL")
+    environment = {name: value for name, value in workspace.environment.items() if name not in identity}
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", "retrain", *options],
+        cwd=workspace.root,
+        env={**environment, "HOME": str(workspace.root.parent), "GIT_CONFIG_NOSYSTEM": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def locked_outputs(lock: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tasks.__main__ import STAGES
-from tests.conftest import Workspace, prepared, wait_for
+from tests.conftest import Workspace, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -19,10 +20,10 @@ MODEL = Path("data") / "bundle" / "model.onnx"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path, digits: Path) -> tuple[Workspace, bytes]:
+def finished(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path, retrained: Path) -> tuple[Workspace, bytes]:
     """A workspace that ran through once, and the model it came to."""
-    workspace = prepared(tmp_path_factory.mktemp("killed") / "workspace", prefect_home, digits)
-    workspace.dvc("repro")
+    workspace = Workspace(tmp_path_factory.mktemp("killed") / "workspace", prefect_home)
+    shutil.copytree(retrained, workspace.root, symlinks=True)
     return workspace, (workspace.root / MODEL).read_bytes()
 
 

@@ -121,7 +121,7 @@ def client(root: Path, prefect_home: Path, extra: dict[str, str]) -> Workspace:
 @pytest.mark.parametrize("kind", ["folder", "ssh", "s3"])
 def test_a_fresh_clone_pulls_and_predicts(
     lived_in: Workspace,
-    first_retrain: dict,
+    retrained: Path,
     request: pytest.FixtureRequest,
     tmp_path: Path,
     prefect_home: Path,
@@ -130,8 +130,7 @@ def test_a_fresh_clone_pulls_and_predicts(
 ) -> None:
     remote: Remote = request.getfixturevalue(f"{kind}_remote")
     first = client(tmp_path / "first", prefect_home, remote.environment)
-    shutil.copytree(lived_in.root, first.root, symlinks=True)
-    shutil.copy(lived_in.root.parent / "dvc.lock", first.root / "dvc.lock")  # as the first retrain left it
+    shutil.copytree(retrained, first.root, symlinks=True)
     assert "no default" in finding(first)["text"]
     first.dvc("remote", "add", "--force", "--default", "storage", remote.url)
     for name, value in remote.options.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.awkward import LABELS, awkward_files
 from tests.conftest import IMAGES_PER_CLASS, Workspace, locked_outputs, wait_for, write_digits
 
 MORE_IMAGES = 4
@@ -33,9 +34,9 @@ def test_the_first_retrain_ends_with_a_champion(lived_in: Workspace, first_retra
 
 
 def test_the_champion_answers(lived_in: Workspace, first_retrain: dict) -> None:
-    picture = lived_in.root / "data" / "raw" / "0" / "digit-0000.png"
+    picture = lived_in.root / "data" / "raw" / "no" / "digit-0000.png"
     (answer,) = json.loads(lived_in.tanuki("predict", picture, "--json").stdout)
-    assert answer["top"][0][0] == "0"
+    assert answer["top"][0][0] == "no"
     assert "torch" not in imported_by_predict(lived_in, picture)
 
 
@@ -133,7 +134,7 @@ def test_ctrl_c_ends_a_retrain_within_seconds_and_says_so(lived_in: Workspace, f
 def test_a_second_retrain_while_one_runs_is_told_so_and_a_killed_one_leaves_the_champion(
     lived_in: Workspace, first_retrain: dict, tmp_path: Path
 ) -> None:
-    number = write_digits(tmp_path / "more", IMAGES_PER_CLASS, IMAGES_PER_CLASS + MORE_IMAGES)
+    number = write_digits(tmp_path / "more", IMAGES_PER_CLASS, IMAGES_PER_CLASS + MORE_IMAGES, names=LABELS)
     added = json.loads(lived_in.tanuki("add", tmp_path / "more", "--json").stdout)
     assert added["added"] == number
     first = fine_tuning(lived_in)
@@ -153,7 +154,8 @@ def test_more_images_cost_only_themselves_and_the_kill_only_the_stage_that_ran(
 ) -> None:
     summary = json.loads(lived_in.tanuki("retrain", "--json").stdout)
     number = 10 * MORE_IMAGES
-    assert report(lived_in, "index_images")["decoded"] == number
+    unreadable = len(awkward_files()[1])  # those are looked at again each time
+    assert report(lived_in, "index_images")["decoded"] == number + unreadable
     features = report(lived_in, "cache_features")
     assert 0 < features["extracted"] <= number * len(features["views"])
     outcomes = {stage["stage"]: stage["outcome"] for stage in summary["stages"]}

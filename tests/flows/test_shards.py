@@ -1,6 +1,7 @@
 """Shards as a person meets them: changes of layout, adding, kills, and DVC bringing a damaged shard back."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from flows.workspace import track_raw
 from tasks.data.image_store import open_images, shard_paths
 from tasks.errors import DataError, StoreError
 from tasks.layout import Layout
-from tests.conftest import Workspace, prepared, write_digits
+from tests.awkward import awkward_files
+from tests.conftest import Workspace, write_digits
 from tests.flows.test_ingest import put, tree
 from tests.tasks.test_image_store import IMAGES, SHARD_BYTES, contents, digests
 
@@ -176,12 +178,10 @@ def test_a_workspace_lives_in_shards_and_dvc_brings_a_damaged_one_back(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_pipeline_over_shards_comes_to_the_same_model(
-    tmp_path_factory: pytest.TempPathFactory, prefect_home: Path, digits: Path
-) -> None:
-    workspace = prepared(tmp_path_factory.mktemp("sharded") / "workspace", prefect_home, digits)
+def test_a_pipeline_over_shards_comes_to_the_same_model(retrained: Path, tmp_path: Path, prefect_home: Path) -> None:
+    workspace = Workspace(tmp_path / "workspace", prefect_home)
+    shutil.copytree(retrained, workspace.root, symlinks=True)
     data = workspace.root / "data"
-    workspace.dvc("repro")
     made = [data / "manifest" / "accepted.parquet", data / "bundle" / "model.onnx", data / "features"]
     before = [digests(path) if path.is_dir() else sha256_file(path) for path in made]
     workspace.set_param("data.layout", "shards")
@@ -189,6 +189,7 @@ def test_a_pipeline_over_shards_comes_to_the_same_model(
     workspace.tanuki("layout")
     workspace.dvc("repro")
     assert [digests(path) if path.is_dir() else sha256_file(path) for path in made] == before
-    assert json.loads((data / "reports" / "index_images.json").read_text())["decoded"] == 0
+    unreadable = len(awkward_files()[1])  # those are looked at again each time
+    assert json.loads((data / "reports" / "index_images.json").read_text())["decoded"] == unreadable
     assert json.loads((data / "reports" / "cache_features.json").read_text())["extracted"] == 0
     assert len(shard_paths(data / "raw")) > 3
