@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from tasks.layout import Layout
     from tasks.models.architectures import Network
     from tasks.params import AugmentParams, FinetuneParams
+    from tasks.training.device import Compute
     from tasks.training.staged import EpochRecord, FineTuned, StageRecord, StageTimes
 
 NETWORK_NAME = "network.safetensors"
@@ -92,6 +93,7 @@ class FinetuneReport:
         val_nll_after: Of the final model, as it is (the temperature was fitted on these same images).
         val_accuracy_before: Of the probe.
         val_accuracy_after: Of the final model.
+        compute: Device and precision of training, and why; None where no stage was tried.
     """
 
     kept: tuple[str, ...]
@@ -107,6 +109,7 @@ class FinetuneReport:
     val_nll_after: float | None = None
     val_accuracy_before: float | None = None
     val_accuracy_after: float | None = None
+    compute: Compute | None = None
 
 
 def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: FinetuneParams) -> FinetuneReport:
@@ -116,6 +119,7 @@ def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: Finetune
         DataError: If an image has gone or changed since it was indexed.
         BackboneError: If the backbone is missing or damaged.
         StoreError: If the probe is missing or damaged.
+        ParamsError: If the device that is asked for is not there.
     """
     began = time.perf_counter()
     card, head = read_card(layout.backbone_card), read_head(layout.head_dir)
@@ -138,10 +142,14 @@ def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: Finetune
         if os.environ.get("RANK", "0") == "0":  # torchrun's: of several processes one writes
             _write(layout, report, None, head)
     else:
-        from tasks.training.processes import joined
+        from tasks.training.device import choose_compute, this_machine
+        from tasks.training.processes import joined, started
 
-        work: dict[str, Any] = {"seed": seed, "augment": augment, "finetune": finetune}
-        with joined():
+        compute = choose_compute(finetune.device, finetune.precision, this_machine(), num_processes=started())
+        logger.info("training on %s in %s: %s", compute.device, compute.precision, compute.reason)
+        report = dataclasses.replace(report, compute=compute)
+        work: dict[str, Any] = {"seed": seed, "augment": augment, "finetune": finetune, "compute": compute}
+        with joined(compute.device):
             report, times = _tuned(layout, report, card, head, known, **work)
     told = {
         "seconds": time.perf_counter() - began,
@@ -162,11 +170,13 @@ def _tuned(
     seed: int,
     augment: AugmentParams,
     finetune: FinetuneParams,
+    compute: Compute,
 ) -> tuple[FinetuneReport, tuple[StageTimes, ...]]:
     """Tries the stages and writes what came of them."""
     from tasks.training import processes
     from tasks.training.adversarial import harden
     from tasks.training.checkpoint import CheckpointFile
+    from tasks.training.device import place
     from tasks.training.staged import deterministic_torch, fine_tune
 
     train, val = known[known["split"] == "train"], known[known["split"] == "val"]
@@ -174,10 +184,12 @@ def _tuned(
     shift = class_shift(counts, report.logit_adjustment)
     head = dataclasses.replace(head, bias=head.bias - shift)
     checkpoints = CheckpointFile(
-        layout.checkpoints_dir / CHECKPOINT_NAME, _run_digest(layout, known, seed, augment, finetune)
+        layout.checkpoints_dir / CHECKPOINT_NAME, _run_digest(layout, known, seed, augment, finetune, compute)
     )
-    with deterministic_torch(max(1, available_cores() // processes.count())):
+    threads = max(1, available_cores() // processes.count())
+    with deterministic_torch(threads, strict=compute.device == "cpu"):
         network = _load_network(layout, card)
+        place(network, compute)
         sessions = _open_preprocessing(layout, card)
         train_pixels = _labelled(layout, train, head, sessions, report.views, augment)
         val_pixels = _labelled(layout, val, head, sessions, (CENTRE,), augment)
@@ -242,7 +254,7 @@ def _reason_to_leave_out(finetune: FinetuneParams, num_val: int) -> str | None:
 
 
 def _run_digest(
-    layout: Layout, images: pd.DataFrame, seed: int, augment: AugmentParams, finetune: FinetuneParams
+    layout: Layout, images: pd.DataFrame, seed: int, augment: AugmentParams, finetune: FinetuneParams, compute: Compute
 ) -> str:
     """sha256 over everything the outcome depends on."""
     facts = {
@@ -255,6 +267,7 @@ def _run_digest(
         "images": images[["path", "sha256", "label", "split"]].astype(str).to_numpy().tolist(),
         "versions": [version("torch"), np.__version__],
         "threads": available_cores(),
+        "compute": [compute.device, compute.precision],
     }
     return sha256_bytes(json.dumps(facts, sort_keys=True).encode())
 
@@ -268,7 +281,6 @@ def _load_network(layout: Layout, card: BackboneCard) -> Network:
     from safetensors.torch import load_file
 
     from tasks.models.architectures import build_network
-    from tasks.models.depthwise import use_fast_depthwise
 
     if sha256_file(layout.backbone_weights) != card.weights_sha256:
         raise BackboneError(
@@ -277,7 +289,6 @@ def _load_network(layout: Layout, card: BackboneCard) -> Network:
         )
     network = build_network(card.architecture, depths=card.depths)
     network.load_trunk(load_file(layout.backbone_weights))
-    use_fast_depthwise(network.trunk)
     return network
 
 
@@ -375,7 +386,7 @@ def _write(layout: Layout, report: FinetuneReport, network: Network | None, head
     if network:
         from safetensors.torch import save
 
-        state = {name: tensor.contiguous() for name, tensor in network.trunk_state().items()}
+        state = {name: tensor.cpu().contiguous() for name, tensor in network.trunk_state().items()}
         write_bytes(layout.finetuned_dir / NETWORK_NAME, save(state))
         notes = {name: getattr(report, name) for name in ("kept", "temperature", "logit_adjustment")}
         write_head(layout.finetuned_dir, head, {**notes, "kept": list(report.kept)})

@@ -156,6 +156,8 @@ class FinetuneParams(Section):
     views: Positive
     boundary_cache_gb: Annotated[float, Field(ge=0)]
     num_processes: Positive
+    device: Literal["cpu", "cuda", "mps"] | Auto
+    precision: Literal["float32", "bfloat16"] | Auto
     stages: Annotated[tuple[Literal["top", "rest", "adversarial", "scratch"], ...], Field(strict=False)]
     adversarial: AdversarialParams
     scratch: ScratchParams

@@ -6,7 +6,8 @@ and export_onnx.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +39,7 @@ class Network(nn.Module):
 
     Always in eval: BatchNorm statistics, dropout and stochastic depth never wake up, whatever ``train`` is called with
     (frozen statistics keep cached features and boundaries valid; METHOD: they move even under ``requires_grad=False``).
+    Its layers compute in ``precision``, which is float32 unless told otherwise; weights and what it pools are float32.
 
     Args:
         trunk: The model; its classifier is taken off.
@@ -54,6 +56,7 @@ class Network(nn.Module):
         for name in family.classifier:
             _take_off(trunk, name)
         self.trunk = trunk
+        self.precision = torch.float32
         self.groups = _expand(trunk, family)
         if last:
             family, self.groups = replace(family, after_pool=()), _cut(trunk, self.groups, last)
@@ -71,6 +74,11 @@ class Network(nn.Module):
         return int(size) if size is not None else None
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return next(self.parameters()).device
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the card should know."""
         return (self.family.note,) if self.family.note else ()
@@ -79,6 +87,15 @@ class Network(nn.Module):
         """Stays in eval."""
         return super().train(False)
 
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """While it computes in float32, as what ships does."""
+        before, self.precision = self.precision, torch.float32
+        try:
+            yield
+        finally:
+            self.precision = before
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised float32 pixels (B, 3, S, S) to the embedding (B, D)."""
         return torch.cat(self._run(pixels, 0, self.num_groups)[1], dim=1)  # (B, D)
@@ -86,7 +103,7 @@ class Network(nn.Module):
     def forward_until(self, pixels: Tensor, group: int) -> Boundary:
         """Runs the groups below ``group`` on pixels (B, 3, S, S)."""
         maps, pooled = self._run(pixels, 0, group)
-        return Boundary(maps, torch.cat(pooled, dim=1) if pooled else maps.new_zeros((len(maps), 0)))
+        return Boundary(maps, torch.cat(pooled, dim=1) if pooled else pixels.new_zeros((len(maps), 0)))
 
     def forward_from(self, boundary: Boundary, group: int) -> Tensor:
         """Goes on from ``forward_until(pixels, group)`` to the embedding (B, D)."""
@@ -123,7 +140,14 @@ class Network(nn.Module):
         return {name: tensor.detach() for name, tensor in self.trunk.state_dict().items()}
 
     def _run(self, maps: Tensor, start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
-        """Groups ``start`` to ``stop - 1``: the last maps, and what was pooled on the way."""
+        """Groups ``start`` to ``stop - 1`` in ``precision``: the last maps, and what was pooled on the way."""
+        if self.precision == torch.float32:
+            return self._run_groups(maps, start, stop)
+        with torch.autocast(maps.device.type, self.precision):
+            maps, pooled = self._run_groups(maps, start, stop)
+        return maps, [each.float() for each in pooled]
+
+    def _run_groups(self, maps: Tensor, start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
         pooled = []
         for group in range(start, stop):
             maps = self._chain(self.groups[group], maps)

@@ -24,7 +24,11 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (the name in nn.Conv2d)
         """Maps (B, C, H, W) to (B, C, H', W')."""
-        out: torch.Tensor = _Depthwise.apply(input, self.weight, self.stride[0], self.padding[0])
+        weight, device = self.weight, input.device.type
+        if torch.is_autocast_enabled(device):  # which sees the convolution inside, but not its gradient
+            dtype = torch.get_autocast_dtype(device)
+            input, weight = input.to(dtype), weight.to(dtype)  # noqa: A001
+        out: torch.Tensor = _Depthwise.apply(input, weight, self.stride[0], self.padding[0])
         return out
 
 
@@ -94,4 +98,4 @@ def _weight_gradient(maps: torch.Tensor, grad: torch.Tensor, kernel: int, stride
     outputs = grad.permute(1, 0, 2, 3).reshape(channels, len(grad), -1)  # (C, B, H'W')
     correlations = torch.bmm(inputs, outputs).view(channels, -1)  # (C, HW * H'W')
     taps = _taps((maps.shape[2], maps.shape[3]), (grad.shape[2], grad.shape[3]), kernel, stride, padding)
-    return (correlations @ taps).view(channels, 1, kernel, kernel)
+    return (correlations @ taps.to(correlations.dtype)).view(channels, 1, kernel, kernel)

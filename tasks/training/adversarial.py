@@ -37,6 +37,7 @@ from tasks.training.attacks import fgsm, fgsm_rs, pgd
 from tasks.training.augmented import Item, LabelledPixels
 from tasks.training.boundary import RecomputedBoundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
+from tasks.training.device import on_device
 from tasks.training.schedule import (
     ADVERSARIAL,
     USELESS_STEPS,
@@ -119,7 +120,7 @@ class PixelClassifier(nn.Module):
     """The whole model on pictures in [0, 1].
 
     Args:
-        network: Takes normalised pictures.
+        network: Takes normalised pictures; where it lies, the whole model does.
         head: Takes its embeddings.
         mean: Per channel, of values in 0..1.
         std: Per channel, of values in 0..1.
@@ -128,7 +129,7 @@ class PixelClassifier(nn.Module):
     def __init__(self, network: Network, head: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.network, self.head = network, head
-        self.mean, self.std = (torch.tensor(each).view(1, 3, 1, 1) for each in (mean, std))
+        self.mean, self.std = (torch.tensor(each, device=network.device).view(1, 3, 1, 1) for each in (mean, std))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of pictures (B, 3, S, S)."""
@@ -147,8 +148,8 @@ class PixelClassifier(nn.Module):
 
     def images(self, pixels: NDArray[np.float32]) -> Tensor:
         """Pictures (B, 3, S, S) in [0, 1] of normalised ones."""
-        images = torch.from_numpy(pixels) * self.std + self.mean
-        return images.clamp(0, 1).contiguous(memory_format=torch.channels_last)
+        images = torch.from_numpy(pixels).to(self.network.device) * self.std + self.mean
+        return on_device(images.clamp(0, 1), self.network.device)
 
 
 def pgd_attack(model: PixelClassifier, epsilon: float, num_steps: int) -> Attack:
@@ -174,7 +175,7 @@ def answered_rightly(
     seed: Sequence[int],
     batch_size: int,
 ) -> dict[str, NDArray[np.bool_]]:
-    """Which of some pictures a model has right under each of some attacks, (N,) by the attack's name.
+    """Which of some pictures a model has right under each of some attacks, (N,) by the attack's name, in float32.
 
     Args:
         model: The model.
@@ -188,13 +189,14 @@ def answered_rightly(
     rng = np.random.default_rng(seed)
     batches = batched([(row, 0) for row in rows], batch_size)
     for batch, pixels in zip(batches, data.pixels.batches(batches), strict=True):
-        images, labels = model.images(pixels), _labels(data, batch)
+        images = model.images(pixels)
+        labels = _labels(data, batch).to(images.device)
         for name, attack in attacks.items():
-            with model.held():
+            with model.network.exactly(), model.held():
                 disturbed = attack(images, labels, rng)
-            with torch.no_grad():
+            with model.network.exactly(), torch.no_grad():
                 right[name].append(model(disturbed).argmax(dim=1) == labels)
-    return {name: torch.cat(parts).numpy() for name, parts in right.items()}
+    return {name: torch.cat(parts).cpu().numpy() for name, parts in right.items()}
 
 
 def harden(
@@ -406,7 +408,8 @@ class _Adversarial:
         first = tuner.step
         made = stage_progress(pixels.batches(batches), tuner, ADVERSARIAL)
         for batch, normalised in zip(batches, made, strict=True):
-            images, labels = self.model.images(normalised), _labels(self.train, batch)
+            images = self.model.images(normalised)
+            labels = _labels(self.train, batch).to(images.device)
             loss_of = partial(self._loss, images, labels, attack, (*self.draws, ATTACK_DRAWS, tuner.step))
             try:
                 total += tuner.descend(loss_of, len(batch)) * len(batch)

@@ -76,7 +76,7 @@ def pgd(
 def uniform_noise(images: Tensor, *, epsilon: float, rng: np.random.Generator) -> Tensor:
     """Pictures with uniform noise of up to epsilon: alone, the attack of somebody who knows nothing of the model."""
     noise = rng.uniform(-epsilon, epsilon, size=tuple(images.shape)).astype(np.float32)
-    return within(images + torch.from_numpy(noise), images, epsilon)
+    return within(images + torch.from_numpy(noise).to(images.device), images, epsilon)
 
 
 def within(found: Tensor, images: Tensor, epsilon: float) -> Tensor:

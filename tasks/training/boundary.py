@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tasks.models.architectures import Boundary, Network
 from tasks.progress import progress
 from tasks.training.augmented import Item, PixelSource
+from tasks.training.device import on_device
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class RecomputedBoundary:
     def batches(self, batches: Iterable[Sequence[Item]]) -> Iterator[Boundary]:
         for pixels in self.pixels.batches(batches):
             with torch.no_grad():
-                images = torch.from_numpy(pixels).contiguous(memory_format=torch.channels_last)
+                images = on_device(torch.from_numpy(pixels), self.network.device)
                 boundary = self.network.forward_until(images, self.group)
             yield boundary
 
@@ -95,19 +96,22 @@ class CachedBoundary:
         pooled: (V * N, P) float32.
         num_images: N.
         num_views: V.
+        device: Where they are handed out.
     """
 
     maps: NDArray[np.float16]
     pooled: NDArray[np.float32]
     num_images: int
     num_views: int
+    device: torch.device
     kind: Literal["cached", "recomputed"] = "cached"
 
     def batches(self, batches: Iterable[Sequence[Item]]) -> Iterator[Boundary]:
         for batch in batches:
             rows = [view * self.num_images + index for index, view in batch]
-            maps = torch.from_numpy(self.maps[rows]).float()  # (B, H, W, C), or tokens (B, T, C)
-            yield Boundary(maps.permute(CHANNELS_TO_FRONT[maps.ndim]), torch.from_numpy(self.pooled[rows]))
+            maps = torch.from_numpy(self.maps[rows]).to(self.device).float()  # (B, H, W, C), or tokens (B, T, C)
+            maps = on_device(maps.permute(CHANNELS_TO_FRONT[maps.ndim]), self.device)
+            yield Boundary(maps, torch.from_numpy(self.pooled[rows]).to(self.device))
 
 
 def open_boundary(
@@ -169,10 +173,10 @@ def _fill(
             logger.warning("%s: an activation is beyond float16: computed in each epoch", what)
             return None
         stop = start + len(boundary.maps)
-        maps[start:stop] = boundary.maps.permute(back).numpy()
-        pooled[start:stop] = boundary.pooled.numpy()
+        maps[start:stop] = boundary.maps.permute(back).float().cpu().numpy()
+        pooled[start:stop] = boundary.pooled.cpu().numpy()
         start = stop
-    return CachedBoundary(maps, pooled, source.num_images, source.num_views)
+    return CachedBoundary(maps, pooled, source.num_images, source.num_views, source.network.device)
 
 
 def _temporary_array(directory: Path, shape: tuple[int, ...]) -> NDArray[np.float16]:

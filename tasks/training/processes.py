@@ -21,13 +21,27 @@ Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 
+def started() -> int:
+    """Processes that torchrun started, this one among them; 1 where it did not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
-def joined() -> Iterator[None]:
-    """Joins the processes that torchrun started; does nothing where it did not."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def joined(device: str = "cpu") -> Iterator[None]:
+    """Joins the processes that torchrun started; does nothing where it did not.
+
+    Args:
+        device: Type of the device that they train on. On CUDA each takes one of its own.
+    """
+    if started() == 1:
         yield
         return
-    distributed.init_process_group("gloo")
+    if device == "cuda":
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+        distributed.init_process_group("nccl", device_id=own)
+    else:
+        distributed.init_process_group("gloo")
     try:
         yield
     finally:
@@ -60,7 +74,7 @@ def total(value: float) -> float:
     """The sum of a number over all processes."""
     if count() == 1:
         return value
-    shared = torch.tensor(value, dtype=torch.float64)
+    shared = torch.tensor(value, dtype=torch.float64, device=_exchange_device())
     distributed.all_reduce(shared)
     return float(shared)
 
@@ -82,9 +96,14 @@ def smallest(value: int) -> int:
     """The smallest of all processes' numbers."""
     if count() == 1:
         return value
-    shared = torch.tensor(value, dtype=torch.int64)
+    shared = torch.tensor(value, dtype=torch.int64, device=_exchange_device())
     distributed.all_reduce(shared, op=distributed.ReduceOp.MIN)
     return int(shared)
+
+
+def _exchange_device() -> str:
+    """Where numbers must lie to be exchanged."""
+    return "cuda" if distributed.get_backend() == "nccl" else "cpu"
 
 
 def wait_for_all() -> None:

@@ -24,6 +24,7 @@ from tasks.models.head import Head
 from tasks.training.augmented import Item, LabelledPixels
 from tasks.training.boundary import RecomputedBoundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile
+from tasks.training.device import memory_format, on_device
 from tasks.training.schedule import SCRATCH, Recipe, ScratchSettings, StageLength, TuningSettings
 from tasks.training.selection import judge
 from tasks.training.staged import (
@@ -62,7 +63,7 @@ def from_scratch(
     """Trains from random weights.
 
     Args:
-        network: With the backbone's weights; on return with the new ones.
+        network: With the backbone's weights, on the device to train on; on return with the new ones.
         head: The probe, for comparison.
         architecture: Of the network.
         train: Training pictures in their views.
@@ -76,7 +77,7 @@ def from_scratch(
         DivergedError: If the loss is no number any more: there is nothing to fall back to.
     """
     began = time.perf_counter()
-    network.to(memory_format=torch.channels_last)
+    network.to(memory_format=memory_format(network.device))
     before = logits_of(network, head, val.pixels, settings.batch_size)
     resumed = checkpoints.load()
     steps = resumed.position["steps"] if resumed else None
@@ -193,8 +194,8 @@ def _descend(
     scratch: ScratchSettings,
 ) -> float:
     """A step; its loss."""
-    images = torch.from_numpy(pixels).contiguous(memory_format=torch.channels_last)
-    labels = torch.from_numpy(train.labels[[index for index, _ in batch]])
+    images = on_device(torch.from_numpy(pixels), tuner.network.device)
+    labels = torch.from_numpy(train.labels[[index for index, _ in batch]]).to(images.device)
 
     def loss_of(part: slice) -> torch.Tensor:
         logits = tuner.head(tuner.network(images[part]))
@@ -232,7 +233,8 @@ def _measure_statistics(network: Network, train: LabelledPixels, settings: Tunin
         layer.momentum = None  # a plain mean from now on
     batches = _batches(settings, 0, train)[:STATISTICS_BATCHES]
     source = RecomputedBoundary(network, 0, train.pixels)
-    embeddings = [network.forward_from(boundary, 0) for boundary in source.batches(batches)]
+    with network.exactly():
+        embeddings = [network.forward_from(boundary, 0) for boundary in source.batches(batches)]
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     _set_batch_norm(network, training=False)

@@ -14,6 +14,7 @@ References:
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from tasks.training import processes
 from tasks.training.augmented import Item, LabelledPixels, PixelSource
 from tasks.training.boundary import BoundarySource, RecomputedBoundary, open_boundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
+from tasks.training.device import memory_format, wait_for
 from tasks.training.schedule import (
     STAGE_SHAPES,
     USELESS_STEPS,
@@ -183,7 +185,7 @@ def fine_tune(
     """Runs the stages one after another, from where an interrupted run of the same inputs was.
 
     Args:
-        network: With the backbone's weights; on return with those that were kept.
+        network: With the backbone's weights, on the device to train on; on return with those that were kept.
         head: The linear probe.
         train: Training pictures in their views.
         val: Validation pictures in one view; at least two.
@@ -193,7 +195,7 @@ def fine_tune(
             the outcome.
         on_epoch: Told of all epochs so far, after each.
     """
-    network.to(memory_format=torch.channels_last)
+    network.to(memory_format=memory_format(network.device))
     before = after = logits_of(network, head, val.pixels, settings.batch_size)
     records: list[StageRecord] = []
     curve: list[EpochRecord] = []
@@ -255,11 +257,12 @@ class _Stage:
         """
         began = time.perf_counter()
         frozen = frozen_digest(self.network, self.group)
-        val_source, val_bytes = self._open(self.val.pixels, 0, "val", passes=math.inf)
+        with self.network.exactly():
+            val_source, val_bytes = self._open(self.val.pixels, 0, "val", passes=math.inf)
         embeddings = embeddings_of(self.network, self.group, val_source, self.settings.batch_size)
         head = StandardisedHead(self.head, embeddings)
         with torch.no_grad():
-            before = judge(head(embeddings).numpy(), self.val.labels)
+            before = judge(head(embeddings).cpu().numpy(), self.val.labels)
         train_source, _ = self._open(self.train.pixels, val_bytes, "train", passes=self._passes())
         pace = self._pace(head, train_source)
         if pace.length.steps < USELESS_STEPS and pace.length.limited_by == "max_tflop":
@@ -328,9 +331,10 @@ class _Stage:
         for batch in batches:
             began = time.perf_counter()
             boundary = next(source.batches([batch]))
+            wait_for(self.network.device)
             frozen_s, began = time.perf_counter() - began, time.perf_counter()
-            logits = head(self.network.forward_from(boundary, self.group))
-            nn.functional.cross_entropy(logits, torch.zeros(size, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
+            loss_of_class_0(head(self.network.forward_from(boundary, self.group))).backward()  # type: ignore[no-untyped-call]
+            wait_for(self.network.device)
             step_s = time.perf_counter() - began
         forget_gradients(self.network, head)
         kept = source.num_images * views / size
@@ -463,7 +467,7 @@ class _Stage:
         own = copied(tensors)
         put(tensors, values)
         with torch.no_grad():
-            logits = head(embeddings_of(self.network, self.group, source, self.settings.batch_size)).numpy()
+            logits = head(embeddings_of(self.network, self.group, source, self.settings.batch_size)).cpu().numpy()
         put(tensors, own)
         if not np.isfinite(logits).all():
             raise DivergedError("the averaged weights give no numbers")
@@ -504,17 +508,23 @@ def pictures_of(pixels: PixelSource, batch: Sequence[Item]) -> str:
 
 
 @contextmanager
-def deterministic_torch(threads: int) -> Iterator[None]:
+def deterministic_torch(threads: int, *, strict: bool = True) -> Iterator[None]:
     """Deterministic kernels on a number of threads; what was set before comes back.
 
     Numbers below the normal range of float32 count as zero: they made a step up to forty times slower (gradients and
     moments are full of them, activations of a poorly scaled network as well). Filling fresh memory, which deterministic
-    mode does to show bugs, took a quarter of a step.
+    mode does to show bugs, took a quarter of a step. cuBLAS is deterministic only with a workspace of its own.
+
+    Args:
+        threads: On the CPU.
+        strict: Whether what has no deterministic kernel is an error; else a warning (some layers have none on GPUs).
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before, before_threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    before_strict = not torch.is_deterministic_algorithms_warn_only_enabled()
     fill: Any = torch.utils.deterministic  # its switch is a property that type checkers do not see
     before_fill = fill.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
     fill.fill_uninitialized_memory = False
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
@@ -524,20 +534,21 @@ def deterministic_torch(threads: int) -> Iterator[None]:
         torch.set_flush_denormal(False)
         torch.set_num_threads(before_threads)
         fill.fill_uninitialized_memory = before_fill
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=not before_strict)
 
 
 @torch.no_grad()
 def embeddings_of(network: Network, group: int, source: BoundarySource, batch_size: int) -> Tensor:
-    """Embeddings (N, D) of every picture in its first view."""
-    items = [(index, 0) for index in range(source.num_images)]
-    return torch.cat([network.forward_from(boundary, group) for boundary in source.batches(batched(items, batch_size))])
+    """Embeddings (N, D) of every picture in its first view, in float32."""
+    batches = batched([(index, 0) for index in range(source.num_images)], batch_size)
+    with network.exactly():
+        return torch.cat([network.forward_from(boundary, group) for boundary in source.batches(batches)])
 
 
 @torch.no_grad()
 def logits_of(network: Network, head: Head, pixels: PixelSource, batch_size: int) -> NDArray[np.float32]:
     """Logits (N, C) of every picture in its first view, from pixels on."""
-    return head.logits(embeddings_of(network, 0, RecomputedBoundary(network, 0, pixels), batch_size).numpy())
+    return head.logits(embeddings_of(network, 0, RecomputedBoundary(network, 0, pixels), batch_size).cpu().numpy())
 
 
 def batched(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
@@ -550,11 +561,14 @@ def flop_per_image(network: Network, group: int, head: StandardisedHead, source:
     trainable_tensors(network, group, head)
     with FlopCounterMode(display=False) as counter:
         boundary = next(iter(source.batches([[(0, 0)]])))
-        logits = head(network.forward_from(boundary, group))
-        loss = nn.functional.cross_entropy(logits, torch.zeros(1, dtype=torch.int64))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss_of_class_0(head(network.forward_from(boundary, group))).backward()  # type: ignore[no-untyped-call]
     forget_gradients(network, head)
     return float(counter.get_total_flops())
+
+
+def loss_of_class_0(logits: Tensor) -> Tensor:
+    """A loss for a backward pass that is only there to be measured."""
+    return nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
 
 
 def forget_gradients(network: Network, head: StandardisedHead) -> None:

@@ -50,9 +50,9 @@ class StandardisedHead(nn.Module):
     def __init__(self, head: Head, embeddings: Tensor) -> None:
         super().__init__()
         self.labels = head.labels
-        self.shift = embeddings.mean(dim=0)  # (D,)
+        self.shift = embeddings.mean(dim=0)  # (D,); it and the weights lie where these do
         self.scale = float((embeddings - self.shift).square().mean().sqrt().clamp_min(MIN_SCALE))
-        weight, bias = torch.from_numpy(head.weight.copy()), torch.from_numpy(head.bias.copy())
+        weight, bias = (torch.from_numpy(each.copy()).to(embeddings.device) for each in (head.weight, head.bias))
         self.weight = nn.Parameter(weight * self.scale)
         self.bias = nn.Parameter(bias + weight @ self.shift)
 
@@ -65,7 +65,7 @@ class StandardisedHead(nn.Module):
         with torch.no_grad():
             weight = self.weight / self.scale
             bias = self.bias - weight @ self.shift
-        return Head(self.labels, weight.numpy().astype(np.float32), bias.numpy().astype(np.float32))
+        return Head(self.labels, *(each.cpu().numpy().astype(np.float32) for each in (weight, bias)))
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ class StageTuner:
         """
         total, count = 0.0, 0
         for boundary, targets, weight in zip(boundaries, labels, weights or itertools.repeat(1.0)):  # noqa: B905
-            total += self.descend(partial(self._loss, boundary, targets), len(targets), weight) * len(targets)
+            loss_of = partial(self._loss, boundary, targets.to(boundary.pooled.device))
+            total += self.descend(loss_of, len(targets), weight) * len(targets)
             count += len(targets)
         return total / count
 
@@ -293,6 +294,7 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def interpolated(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """Weights at a share ``alpha`` of the way from ``start`` to ``end`` (WiSE-FT; exact, as BatchNorm is frozen)."""
+    end = {name: end[name].to(start[name].device) for name in start}  # from a checkpoint they come on the CPU
     return {name: torch.lerp(start[name], end[name], alpha) if alpha < 1 else end[name] for name in start}
 
 
@@ -303,7 +305,7 @@ def frozen_digest(network: Network, group: int) -> str:
     parameters = ((name, each) for name, each in network.trunk.named_parameters() if id(each) not in moving)
     for name, tensor in (*parameters, *network.trunk.named_buffers()):
         digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

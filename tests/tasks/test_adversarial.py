@@ -181,6 +181,26 @@ def test_normalisation_is_inside_the_model(target: Target, digits: Path) -> None
     np.testing.assert_allclose(target.model(target.images).numpy(), logits, atol=1e-3, rtol=1e-3)
 
 
+def test_a_network_that_trains_in_bfloat16_is_attacked_in_float32(target: Target, digits: Path) -> None:
+    """And goes on in bfloat16 afterwards, when it trains."""
+    rows, seen = range(20), list[torch.Tensor]()
+
+    def looked_at(images: torch.Tensor, _labels: torch.Tensor, _rng: np.random.Generator) -> torch.Tensor:
+        seen.append(target.model(images))
+        return images
+
+    network = target.model.network
+    for precision in (torch.float32, torch.bfloat16):
+        network.precision = precision
+        try:
+            answered_rightly(target.model, val_pixels(Layout(digits)), rows, {"a": looked_at}, seed=(0,), batch_size=20)
+            trained_on = target.model(target.images[:20])
+        finally:
+            network.precision = torch.float32
+    assert torch.equal(*seen)
+    assert not torch.equal(trained_on, target.model(target.images[:20]))
+
+
 def test_a_larger_epsilon_never_helps_the_defender(target: Target) -> None:
     accuracies = [target.pgd(epsilon / 255, num_steps=5) for epsilon in (0, 4, 16)]
     assert accuracies == sorted(accuracies, reverse=True)

@@ -1,0 +1,84 @@
+"""Where fine-tuning computes and in which precision: the rule, what it refuses, and a layer with its own gradient."""
+
+import pytest
+import torch
+from torch import nn
+
+from tasks.errors import ParamsError
+from tasks.models.depthwise import DepthwiseConv2d, use_fast_depthwise
+from tasks.training.device import Compute, Machine, choose_compute, on_device, this_machine
+
+BARE = Machine(num_cuda=0, cuda_bfloat16=False, has_mps=False, cpu_bfloat16=False)
+NEW_CPU = Machine(num_cuda=0, cuda_bfloat16=False, has_mps=False, cpu_bfloat16=True)
+MAC = Machine(num_cuda=0, cuda_bfloat16=False, has_mps=True, cpu_bfloat16=False)
+OLD_GPU = Machine(num_cuda=1, cuda_bfloat16=False, has_mps=False, cpu_bfloat16=True)
+TWO_GPUS = Machine(num_cuda=2, cuda_bfloat16=True, has_mps=False, cpu_bfloat16=False)
+
+
+@pytest.mark.parametrize(
+    ("machine", "num_processes", "expected"),
+    [
+        (BARE, 1, Compute("cpu", "float32", "no CUDA device and no MPS; the CPU has no bfloat16")),
+        (NEW_CPU, 2, Compute("cpu", "bfloat16", "no CUDA device and no MPS; the CPU has bfloat16")),
+        (MAC, 1, Compute("mps", "float32", "there is MPS and no CUDA device; MPS has no bfloat16 that was tried")),
+        (MAC, 2, Compute("cpu", "float32", "no CUDA device; MPS serves one process; the CPU has no bfloat16")),
+        (OLD_GPU, 1, Compute("cuda", "float32", "there is a CUDA device; the CUDA device has no bfloat16")),
+        (TWO_GPUS, 2, Compute("cuda", "bfloat16", "there is a CUDA device; the CUDA device has bfloat16")),
+    ],
+)
+def test_auto_follows_the_machine_and_says_why(machine: Machine, num_processes: int, expected: Compute) -> None:
+    assert choose_compute("auto", "auto", machine, num_processes=num_processes) == expected
+
+
+def test_what_is_named_is_taken() -> None:
+    assert choose_compute("cpu", "float32", TWO_GPUS) == Compute(
+        "cpu", "float32", "finetune.device names it; finetune.precision names it"
+    )
+    found = choose_compute("auto", "bfloat16", BARE)
+    assert (found.device, found.precision) == ("cpu", "bfloat16")
+    assert found.reason.endswith("finetune.precision names it, though the CPU has no bfloat16")
+
+
+def test_a_device_that_is_not_there_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ParamsError, match=r"finetune\.device is cuda, and torch finds no CUDA device.*to auto or cpu"):
+        choose_compute("cuda", "auto", MAC)
+    with pytest.raises(ParamsError, match=r"finetune\.device is mps, and torch finds no Apple GPU.*to auto or cpu\.$"):
+        choose_compute("mps", "auto", TWO_GPUS)
+    with pytest.raises(ParamsError, match=r"it serves one process, not 2\..*finetune\.num_processes to 1"):
+        choose_compute("mps", "auto", MAC, num_processes=2)
+    for device in ("auto", "cuda"):
+        with pytest.raises(ParamsError, match=r"num_processes is 3, .*torch finds 2\. Lower it to that"):
+            choose_compute(device, "auto", TWO_GPUS, num_processes=3)
+
+
+def test_what_torch_finds_here_can_be_chosen_from() -> None:
+    machine = this_machine()
+    assert (machine.num_cuda > 0) is torch.cuda.is_available()
+    found = choose_compute("auto", "auto", machine)
+    assert torch.zeros(2, device=found.device).sum() == 0
+
+
+def test_maps_go_to_the_cpu_channels_last_and_tokens_as_they_are() -> None:
+    cpu = torch.device("cpu")
+    maps, tokens = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 3)
+    assert on_device(maps, cpu).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(on_device(maps, cpu), maps)
+    assert on_device(tokens, cpu) is tokens
+
+
+@pytest.mark.parametrize("side", [4, 20], ids=["by-matrix-product", "by-the-library"])
+def test_the_fast_depthwise_gradient_works_in_bfloat16(side: int) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False))
+    fast = use_fast_depthwise(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)))
+    fast.load_state_dict(plain.state_dict())
+    assert isinstance(fast[0], DepthwiseConv2d)
+    maps, gradients = torch.randn(5, 6, side, side), []
+    for model, precision in ((plain, torch.float32), (fast, torch.bfloat16)):
+        with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+            out = model(maps)
+        assert out.dtype == precision
+        out.float().square().sum().backward()
+        gradients.append(model[0].weight.grad)
+    assert gradients[1].dtype == torch.float32
+    assert 0 < float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.02
