@@ -32,6 +32,14 @@ CANARIES = {"HF_TOKEN": f"hf_{CANARY}", "TANUKI_NOTIFY": f"https://hooks.example
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(trylast=True)  # after those that are not asked for have gone
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One file makes the first retrain, the others that need it come last: no worker waits while it is made."""
+    files = list(dict.fromkeys(item.path for item in items if "first_retrain" in getattr(item, "fixturenames", ())))
+    makes_it = next((file for file in files if file.name == "test_retrain.py"), files[0] if files else None)
+    items.sort(key=lambda item: item.path in files and item.path != makes_it)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
