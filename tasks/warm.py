@@ -41,6 +41,7 @@ SIZE = struct.Struct("!I")
 PID = struct.Struct("!q")
 CODE = struct.Struct("!B")
 FILES = (0, 1, 2)
+ENDS = (signal.SIGTERM, signal.SIGHUP)
 YOUNG = 50_000
 """Objects between two looks for garbage in a fork: DVC's YAML makes many and drops few, and took a third longer."""
 KILLED = 128 + signal.SIGKILL
@@ -72,7 +73,9 @@ def hand_over(module: str, arguments: Sequence[str], environment: Mapping[str, s
         return None
     seen = environment or {name: value for name, value in os.environ.items() if name != ADDRESS}
     request = json.dumps([module, list(arguments), str(Path.cwd()), dict(seen)]).encode()
-    interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing has begun that could be told of
+    ends = [number for number in ENDS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _give_up) for number in ends}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing has begun that could be told of
     with contextlib.suppress(ConnectionError, FileNotFoundError), socket.socket(socket.AF_UNIX) as host:
         host.connect(address)
         socket.send_fds(host, [SIZE.pack(len(request))], FILES)
@@ -80,14 +83,20 @@ def hand_over(module: str, arguments: Sequence[str], environment: Mapping[str, s
         answer = _receive(host, PID.size)
         if len(answer) == PID.size:
             return _wait(host, *PID.unpack(answer))
-    signal.signal(signal.SIGINT, interrupted)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return None
+
+
+def _give_up(number: int, _frame: object) -> None:
+    """A fork, if there is one yet, ends when the connection does."""
+    raise SystemExit(128 + number)
 
 
 def _wait(host: socket.socket, pid: int) -> int:
     """The exit code of a fork; what ends this process ends that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the fork gets it too, and says what it comes to
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in ENDS:
         signal.signal(number, lambda number, _: os.kill(pid, number))
     with contextlib.suppress(ConnectionError):
         code = _receive(host, CODE.size)
