@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 CHUNK_BYTES = 1 << 20
+LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # as tempfile.mkstemp names it below
 
 
 class Readable(Protocol):
@@ -38,6 +40,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers that were killed left of ``atomic_path`` in a folder that nobody else writes to now."""
+    for path in folder.glob(".*"):
+        if LEFTOVER.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

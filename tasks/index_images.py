@@ -20,7 +20,7 @@ from uuid import uuid4
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from deploy.files import sha256_bytes
+from deploy.files import remove_leftovers, sha256_bytes
 from deploy.machine import available_cores
 from tasks.data.facts import Look, look_at, with_hashes
 from tasks.data.image_files import ImageFile, Listing
@@ -106,6 +106,7 @@ def run(layout: "Layout", *, seed: int, data: "DataParams", index_images: "Index
     listing = images.listing()
     _check(listing, layout.raw)
     known = KnownFacts([*sorted(layout.images_partial.glob("*.parquet")), layout.images])
+    remove_leftovers(layout.images.parent)
     max_pixels = round(index_images.max_megapixels * 1e6)
     tally = Tally()
     with manifest_writer(layout.images) as manifest, threadpool_limits(1, user_api="blas"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from flows.compare import close_sandbox, open_sandbox, scratch_seconds
 from flows.workspace import git
 from tasks.layout import Layout
-from tests.conftest import Workspace, prepared, wait_for
+from tests.conftest import Workspace, wait_for
 
 
 def tracked(workspace: Workspace) -> dict[str, bytes | None]:
@@ -53,9 +54,10 @@ def test_random_weights_get_as_long_as_the_slowest_other_way_but_attacks(tmp_pat
 
 @pytest.mark.slow
 def test_ways_are_compared_listed_and_a_kill_leaves_the_workspace_as_it_was(
-    tmp_path: Path, prefect_home: Path, digits: Path
+    tmp_path: Path, prefect_home: Path, retrained: Path
 ) -> None:
-    workspace = prepared(tmp_path / "workspace", prefect_home, digits)
+    workspace = Workspace(tmp_path / "workspace", prefect_home)
+    shutil.copytree(retrained, workspace.root, symlinks=True)
     process = workspace.start(sys.executable, "-m", "flows.cli", "compare", "as_is", "top")
     wait_for("[as_is]", process)
     before = tracked(workspace)
