@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deploy.files import sha256_bytes
+from deploy.files import atomic_path, sha256_bytes
 from tasks import index_images as stage
 from tasks.data import manifest
 from tasks.data.facts import image_facts, reduced
@@ -359,6 +359,17 @@ def test_an_incremental_manifest_is_the_same_bytes_as_a_fresh_one(layout: Layout
     layout.images.unlink()
     index(layout)
     assert layout.images.read_bytes() == incremental
+
+
+def test_what_a_killed_run_left_half_written_goes_and_nothing_else_does(layout: Layout) -> None:
+    index(layout)
+    folder = layout.images.parent
+    with atomic_path(layout.images) as half:
+        half.write_bytes(layout.images.read_bytes())
+    for name in (half.name, ".keep.parquet"):  # the first as a writer names it
+        (folder / name).write_bytes(b"PAR1")
+    index(layout)
+    assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == {".keep.parquet"}
 
 
 def test_a_picture_of_30000_by_30000_is_told_by_its_size_and_not_decoded(layout: Layout) -> None:
