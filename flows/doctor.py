@@ -159,7 +159,10 @@ def _params(layout: Layout) -> Finding:
 
 def _dvc(layout: Layout) -> Finding:
     """The default remote: there, and willing to say what it has of data/raw."""
-    remote = default_remote(layout)
+    try:
+        remote = default_remote(layout)
+    except WorkspaceError as error:
+        return Finding("DVC remote", "problem", f"{error} Mend it, or restore .dvc/config from git.")
     if remote is None:
         return Finding(
             "DVC remote",

@@ -240,7 +240,11 @@ def track_raw(layout: Layout) -> None:
 
 
 def default_remote(layout: Layout) -> str | None:
-    """The name of DVC's default remote; None where none is set."""
+    """The name of DVC's default remote; None where none is set.
+
+    Raises:
+        WorkspaceError: If DVC's settings cannot be read.
+    """
     return dvc_setting(layout, "core", "remote")
 
 
@@ -250,7 +254,7 @@ def cache_dir(layout: Layout) -> Path:
 
 
 def dvc_setting(layout: Layout, section: str, key: str) -> str | None:
-    """What `dvc config SECTION.KEY` tells, a path in full; at once, where that takes DVC's command a second.
+    """What `dvc config SECTION.KEY` tells, a path in full, without the start of another Python.
 
     Raises:
         WorkspaceError: If DVC's settings cannot be read.

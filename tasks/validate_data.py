@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.files import atomic_path, write_text
+from deploy.files import atomic_path, remove_leftovers, write_text
 from tasks.data.class_map import ClassMap, read_class_map, write_class_map
 from tasks.data.complaints import listed
 from tasks.data.contact_sheet import Tile, contact_sheet
@@ -72,6 +72,7 @@ def run(layout: "Layout", *, validate_data: "ValidateDataParams") -> ValidateDat
     manifest = read_manifest(layout.images)
     class_map = read_class_map(layout.classes)
     history = read_history(layout.accepted_summary)
+    remove_leftovers(layout.accepted.parent)
     layout.accepted.unlink(missing_ok=True)
     shutil.rmtree(layout.validation_dir, ignore_errors=True)
     validator = Validator()

@@ -74,7 +74,14 @@ def hand_over(module: str, arguments: Sequence[str], environment: Mapping[str, s
     seen = environment or {name: value for name, value in os.environ.items() if name != ADDRESS}
     request = json.dumps([module, list(arguments), str(Path.cwd()), dict(seen)]).encode()
     ends = [number for number in ENDS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, _give_up) for number in ends}
+    forks: list[int] = []
+
+    def end(number: int, _frame: object) -> None:
+        if not forks:
+            raise SystemExit(128 + number)  # if there is a fork, it ends when the connection does
+        os.kill(forks[0], number)
+
+    before = {number: signal.signal(number, end) for number in ends}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing has begun that could be told of
     with contextlib.suppress(ConnectionError, FileNotFoundError), socket.socket(socket.AF_UNIX) as host:
         host.connect(address)
@@ -82,22 +89,16 @@ def hand_over(module: str, arguments: Sequence[str], environment: Mapping[str, s
         host.sendall(request)
         answer = _receive(host, PID.size)
         if len(answer) == PID.size:
-            return _wait(host, *PID.unpack(answer))
+            forks.extend(PID.unpack(answer))
+            return _wait(host, forks[0])
     for number, handler in before.items():
         signal.signal(number, handler)
     return None
 
 
-def _give_up(number: int, _frame: object) -> None:
-    """A fork, if there is one yet, ends when the connection does."""
-    raise SystemExit(128 + number)
-
-
 def _wait(host: socket.socket, pid: int) -> int:
-    """The exit code of a fork; what ends this process ends that."""
+    """The exit code of a fork."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the fork gets it too, and says what it comes to
-    for number in ENDS:
-        signal.signal(number, lambda number, _: os.kill(pid, number))
     with contextlib.suppress(ConnectionError):
         code = _receive(host, CODE.size)
         if code:

@@ -223,7 +223,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def lived_in(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Workspace:
     """Digits, odd labels and broken files: one workspace for all workers of a run; test_retrain.py lives in it."""
-    root = shared_folder(tmp_path_factory) / "lived_in" / "workspace"
+    root = shared_folder(tmp_path_factory) / "lived_in" / "work space"
     prefect_home = root.parent / "prefect"
     with alone(root.parent):
         if not (root / "data" / "raw.dvc").is_file():

@@ -37,14 +37,8 @@ def test_a_stage_cut_short_loses_nothing(finished: tuple[Workspace, bytes], stag
     cut_short(workspace, stage, how, delay_s)
     workspace.tanuki("status")  # mends a dvc.lock that DVC had half written
     workspace.dvc("repro")
-    assert (workspace.root / MODEL).read_bytes() == model
-
-
-def test_nothing_is_left_of_what_was_cut_short(finished: tuple[Workspace, bytes]) -> None:
-    workspace, model = finished
-    cut_short(workspace, "index_images", signal.SIGKILL, 0.0)
-    workspace.dvc("repro", "--single-item", "--force", "index_images")
-    workspace.dvc("repro")
+    if stage == "index_images":  # killed with its last outputs whole, it has nothing to do but to clear up
+        workspace.dvc("repro", "--single-item", "--force", stage)
     assert (workspace.root / MODEL).read_bytes() == model
     leftovers = [path for path in (workspace.root / "data").rglob(".*") if path.is_file() and path.name != ".gitignore"]
     assert [path for path in leftovers if "registry" not in path.parts and path.suffix in (".parquet", ".onnx")] == []

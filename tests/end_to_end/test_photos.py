@@ -28,7 +28,6 @@ def retrain_on(workspace: Workspace, photos: Path, weights: Path, *, finetune: b
     workspace.set_param("augment.hflip", True)
     workspace.set_param("finetune.enabled", finetune)
     workspace.set_param("finetune.epochs", 1)
-    workspace.set_param("evaluate.robustness_images", 0)
     workspace.tanuki("add", photos)
     return json.loads(workspace.tanuki("retrain", "--json").stdout)
 

@@ -61,7 +61,6 @@ def test_every_command_of_the_readme_runs_in_its_order(newcomer: Workspace, repo
 def test_what_pretrain_made_is_a_backbone(newcomer: Workspace) -> None:
     card = json.loads((newcomer.root / "data" / "pretrained" / "weights.json").read_text())
     newcomer.set_param("backbone.source", "file:data/pretrained/weights.safetensors")
-    newcomer.set_param("finetune.enabled", False)
     newcomer.tanuki("retrain")
     backbone = json.loads((newcomer.root / "data" / "backbone" / "backbone.json").read_text())
     assert backbone["architecture"] == card["architecture"]

@@ -102,13 +102,13 @@ def test_a_dvc_lock_that_a_kill_left_half_written_is_put_back(
 
 
 def test_an_experiment_changes_the_metrics_it_should(lived_in: Workspace, first_retrain: dict) -> None:
-    before = report(lived_in, "evaluate")
-    lived_in.dvc("exp", "run", "--set-param", "evaluate.calibration_bins=5", "--name", "five-bins")
-    assert report(lived_in, "evaluate") != before
-    assert "evaluate" in lived_in.dvc("metrics", "diff").stdout
+    before = report(lived_in, "train_head")
+    lived_in.dvc("exp", "run", "--set-param", "train_head.num_c=2", "--name", "two-strengths")
+    assert report(lived_in, "train_head") != before
+    assert "train_head" in lived_in.dvc("metrics", "diff").stdout
     lived_in.run("git", "checkout", "--quiet", "--", "params.yaml", "dvc.lock")
     lived_in.dvc("checkout")
-    assert report(lived_in, "evaluate") == before
+    assert report(lived_in, "train_head") == before
 
 
 def fine_tuning(workspace: Workspace) -> subprocess.Popen[str]:

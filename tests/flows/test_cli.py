@@ -136,6 +136,15 @@ def test_the_doctor_fails_where_params_are_broken(workspace: Workspace) -> None:
     assert "gate.draws" in run.stdout
 
 
+def test_the_doctor_names_settings_of_dvc_that_cannot_be_read(workspace: Workspace) -> None:
+    (workspace.root / ".dvc" / "config").write_text("[core\n")
+    run = workspace.tanuki("doctor", "--json", check=False)
+    found = {finding["subject"]: finding for finding in json.loads(run.stdout)}
+    assert run.returncode == 1
+    assert found["DVC remote"]["level"] == "problem"
+    assert "cannot be read" in found["DVC remote"]["text"]
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -158,6 +158,7 @@ with prefect_server(Layout(Path.cwd())):
     )
     assert collect("1") == 0
     assert collect("0") == 2
+    assert collect("0", "--dry-run") == 0
 
 
 @pytest.mark.slow

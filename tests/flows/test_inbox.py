@@ -240,7 +240,9 @@ ingest(layout, sys.argv[1], publish=True)
 
 # Steps 0 to 2 copy images; dvc add, git add, dvc config, push and status follow, then git, which has committed by 12
 # and not pushed; then the inbox is emptied.
-@pytest.mark.parametrize("step", [12, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 6, 10, 15))])
+@pytest.mark.parametrize(
+    "step", [12, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3, 6, 8, 10, 15, 17))]
+)
 def test_a_kill_anywhere_loses_nothing_and_takes_nothing_twice(
     repository: Path, workspace: Workspace, inbox: Path, tmp_path: Path, step: int
 ) -> None:

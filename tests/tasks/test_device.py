@@ -1,10 +1,13 @@
 """Where fine-tuning computes and in which precision: the rule, what it refuses, and a layer with its own gradient."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from tasks.errors import ParamsError
+from tasks.models import engines
 from tasks.models.depthwise import DepthwiseConv2d, use_fast_depthwise
 from tasks.training.device import Compute, Machine, choose_compute, on_device, this_machine
 
@@ -51,11 +54,12 @@ def test_a_device_that_is_not_there_is_refused_with_what_to_do() -> None:
             choose_compute(device, "auto", TWO_GPUS, num_processes=3)
 
 
-def test_what_torch_finds_here_can_be_chosen_from() -> None:
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="needs Linux, which tells what the CPU can do")
+def test_what_torch_finds_is_what_the_kernel_and_the_driver_tell() -> None:
     machine = this_machine()
-    assert (machine.num_cuda > 0) is torch.cuda.is_available()
-    found = choose_compute("auto", "auto", machine)
-    assert torch.zeros(2, device=found.device).sum() == 0
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert machine.cpu_bfloat16 == bool(flags & {"avx512_bf16", "amx_bf16"})
+    assert machine.num_cuda == 0 or engines.this_machine().has_cuda
 
 
 def test_maps_go_to_the_cpu_channels_last_and_tokens_as_they_are() -> None:

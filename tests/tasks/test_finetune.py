@@ -73,7 +73,7 @@ from tests.tasks.finetune_workspaces import (
 )
 
 NUM_IMAGES, NUM_VAL, SIZE_PX = 220, 70, 32
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+with_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 
 
 @pytest.fixture(scope="module")
@@ -496,7 +496,7 @@ def test_a_network_that_trains_in_bfloat16_is_judged_in_float32(layout: Layout) 
     assert 1e-4 < float((trained_on - expected[:1]).norm() / expected[:1].norm()) < 0.05
 
 
-@needs_cuda
+@with_cuda
 def test_a_gpu_learns_what_the_cpu_learns(layout: Layout, repository: Path) -> None:
     curves = []
     for device in ("cpu", "cuda"):
@@ -842,7 +842,7 @@ CUDA = {"device": "cuda"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, BF16_ON_CPU, pytest.param(CUDA, marks=needs_cuda)])
+@pytest.mark.parametrize("changes", [{}, BF16_ON_CPU, pytest.param(CUDA, marks=with_cuda)])
 def test_a_run_interrupted_at_every_epoch_gives_the_same_bytes(
     layout: Layout, repository: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any]
 ) -> None:
