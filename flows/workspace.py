@@ -26,6 +26,7 @@ from tasks.data.image_store import is_whole, refuse_damaged, shard_paths
 from tasks.layout import Layout
 
 TEMPORARY_FAILURE = 75
+INTERRUPTED = (130, 252)  # by Ctrl-C: a stage's exit code, and that of DVC itself
 """Exit code of a stage whose trouble may pass by itself, such as a network's (EX_TEMPFAIL of sysexits.h)."""
 
 TAIL_LINES = 40
@@ -415,6 +416,7 @@ def run_part(layout: Layout, index: int, count: int, *, timeout_s: float) -> Non
 
     Raises:
         StageError: If it stopped; the message is its own.
+        KeyboardInterrupt: If it was interrupted.
     """
     _stream(layout, "cache_features", ["tasks", "cache_features", "--part", f"{index}/{count}"], timeout_s)
 
@@ -453,7 +455,10 @@ def _stream(layout: Layout, name: str, module: list[str], timeout_s: float) -> l
             watchdog.cancel()
     if process.returncode != 0:
         timed_out = time.perf_counter() - start >= timeout_s
-        raise _stage_error(name, list(tail), process.returncode, timed_out, timeout_s)
+        error = _stage_error(name, list(tail), process.returncode, timed_out, timeout_s)
+        if error.exit_code in INTERRUPTED:  # a Ctrl-C is for all of them; this process's own may be lost in a callback
+            raise KeyboardInterrupt from error
+        raise error
     return list(tail)
 
 
@@ -471,7 +476,7 @@ def _stage_error(stage: str, tail: list[str], returncode: int, timed_out: bool, 
             f"{stage}: DVC is busy in this workspace: another dvc command runs. Wait until it has ended.", 1
         )
     starts = [number for number, line in enumerate(tail) if line.startswith(f"{stage}: ")]
-    said = tail[starts[-1] :] if starts and exit_code in (1, TEMPORARY_FAILURE, 130) else tail
+    said = tail[starts[-1] :] if starts and exit_code in (1, TEMPORARY_FAILURE) else tail
     return StageError("\n".join(line for line in said if not DVC_CHATTER.match(line)).strip() or text, exit_code)
 
 

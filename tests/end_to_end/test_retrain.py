@@ -4,6 +4,7 @@ One workspace (`lived_in` of tests/conftest.py) lives through these tests in ord
 nothing changed, a changed number, more images and a kill.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.awkward import LABELS, awkward_files
@@ -118,13 +120,22 @@ def fine_tuning(workspace: Workspace) -> subprocess.Popen[str]:
     return process
 
 
-def test_ctrl_c_ends_a_retrain_within_seconds_and_says_so(lived_in: Workspace, first_retrain: dict) -> None:
+@pytest.mark.parametrize("reaches_all", [True, False], ids=["all", "the-stage-alone"])
+def test_ctrl_c_ends_a_retrain_within_seconds_and_says_so(
+    lived_in: Workspace, first_retrain: dict, reaches_all: bool
+) -> None:
     lived_in.set_param("finetune.clip_norm", 0.8)
     process = fine_tuning(lived_in)
     start = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
+    if reaches_all:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        for each in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getpgid(each.pid) == process.pid:
+                    each.send_signal(signal.SIGINT)
     told, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, told
     assert time.monotonic() - start < 60
     assert "Interrupted. Nothing was lost" in told
     assert "Traceback" not in told
