@@ -18,6 +18,7 @@ from tasks.errors import ParamsError
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+STAGES = ("top", "rest", "adversarial", "scratch")
 PerChannel = Annotated[tuple[float, float, float], Field(strict=False)]  # YAML has lists, no tuples
 
 
@@ -158,15 +159,26 @@ class FinetuneParams(Section):
     num_processes: Positive
     device: Literal["cpu", "cuda", "mps"] | Auto
     precision: Literal["float32", "bfloat16"] | Auto
-    stages: Annotated[tuple[Literal["top", "rest", "adversarial", "scratch"], ...], Field(strict=False)]
+    stages: Annotated[tuple[str, ...], Field(strict=False)]
     adversarial: AdversarialParams
     scratch: ScratchParams
 
     @model_validator(mode="after")
     def _only_plain_stages_share_their_batches(self) -> "FinetuneParams":
         if self.num_processes > 1 and {"adversarial", "scratch"} & set(self.stages):
-            raise ValueError("num_processes above 1 is for the stages top and rest; leave out adversarial and scratch")
+            raise ValueError("num_processes above 1 is not for the stages adversarial and scratch; leave them out")
         return self
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_have_names_of_stages_or_modules(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        for name in stages:
+            if name not in STAGES and not any(character.isdigit() for character in name):  # modules are numbered
+                raise ValueError(
+                    f"there is no stage {name!r}; there are {', '.join(STAGES)}, or a module of the backbone, such as "
+                    "layer3 or features.7, from whose layer group on all layers move"
+                )
+        return stages
 
     @field_validator("stages")
     @classmethod

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tasks.errors import ParamsError
+from tasks.models.layer_groups import Groups
 
 REFERENCE_BATCH_SIZE = 64
 """Batch size that the recipes' learning rates are given for; they scale linearly."""
@@ -19,8 +20,9 @@ USELESS_STEPS = 20
 EPOCHS_BY_SIZE = ((500, 20), (5_000, 10), (20_000, 6))
 """(training images below, epochs of the top stage)."""
 EPOCHS_ABOVE = 3
+TOP, REST = "top", "rest"
 ADVERSARIAL = "adversarial"
-"""Name of the stage that comes last where it is asked for; the others are in STAGE_SHAPES."""
+"""Name of the stage that comes last where it is asked for; the others are made by `stage_shape`."""
 SCRATCH = "scratch"
 """Name of the stage that starts from random weights, alone: the baseline."""
 AttackName = Literal["fgsm_rs", "pgd"]
@@ -153,7 +155,7 @@ class StageShape:
     """What a named stage unfreezes and how strongly it trains.
 
     Attributes:
-        name: ``top`` or ``rest``.
+        name: ``top``, ``rest``, or a module of the backbone.
         rate_factor: Its learning rate over the recipe's.
         length_factor: Its epochs and minimum steps over the top stage's.
     """
@@ -162,15 +164,28 @@ class StageShape:
     rate_factor: float
     length_factor: float
 
-    def first_group(self, num_groups: int) -> int:
-        """The first layer group that moves: the last one in ``top``, the one after the stem in ``rest``."""
-        return num_groups - 1 if self.name == "top" else min(1, num_groups - 1)
+    def first_group(self, groups: Groups) -> int:
+        """The first layer group that moves: the last in ``top``, that after the stem in ``rest``, else a module's.
+
+        Raises:
+            ParamsError: If no layer group above the stem has the module; lists them.
+        """
+        top = len(groups) - 1
+        if self.name in (TOP, REST):
+            return top if self.name == TOP else min(1, top)
+        for index in range(1, len(groups)):
+            if self.name in groups[index]:
+                return index
+        listed = "; ".join(", ".join(step for step in steps if step and step[0] != "@") for steps in groups[1:])
+        raise ParamsError(
+            f"finetune.stages: no layer group of this backbone has the module {self.name!r}. Its groups above the "
+            f"stem, which stays frozen: {listed or 'they have no modules to name'}. `{TOP}` is the last, `{REST}` all."
+        )
 
 
-STAGE_SHAPES = {
-    "top": StageShape("top", rate_factor=1.0, length_factor=1.0),
-    "rest": StageShape("rest", rate_factor=0.2, length_factor=0.5),
-}
+def stage_shape(name: str) -> StageShape:
+    """The shape of a stage; one that is named by a module trains as ``rest`` does."""
+    return StageShape(name, 1.0, 1.0) if name == TOP else StageShape(name, rate_factor=0.2, length_factor=0.5)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Every stage starts from what was kept before it, trains with BatchNorm frozen and rates that fall towards the stem,
 follows an average of the weights, and is kept only if validation says so (``tasks.training.selection``). A stage that
-is not kept changes nothing. Stages are data: ``tasks.training.schedule.STAGE_SHAPES``. Called by ``tasks.finetune``.
+is not kept changes nothing. Stages are data: ``tasks.training.schedule.stage_shape``. Called by ``tasks.finetune``.
 
 All random draws are functions of (seed, stage, epoch), so a run that was killed goes on from its checkpoint as if it
 had not been: there is no generator whose state would have to be saved.
@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tasks.models.architectures import Network
 from tasks.models.head import Head
+from tasks.models.layer_groups import Groups
 from tasks.progress import progress
 from tasks.training import processes
 from tasks.training.augmented import Item, LabelledPixels, PixelSource
@@ -37,12 +38,12 @@ from tasks.training.boundary import BoundarySource, RecomputedBoundary, open_bou
 from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
 from tasks.training.device import memory_format, wait_for
 from tasks.training.schedule import (
-    STAGE_SHAPES,
     USELESS_STEPS,
     StageShape,
     TuningSettings,
     layer_group_learning_rates,
     stage_length,
+    stage_shape,
 )
 from tasks.training.selection import ALPHAS, MIN_IMAGES_TO_PICK_EPOCHS, Judgement, compare, judge
 from tasks.training.tuner import (
@@ -189,12 +190,18 @@ def fine_tune(
         head: The linear probe.
         train: Training pictures in their views.
         val: Validation pictures in one view; at least two.
-        stages: Names from ``STAGE_SHAPES``.
+        stages: Their names, see `stage_shape`.
         settings: The numbers.
         checkpoints: Where to go on from; temporary files lie beside it. The caller removes it when it has written
             the outcome.
         on_epoch: Told of all epochs so far, after each.
+
+    Raises:
+        ParamsError: If a stage names a module that no layer group above the stem has.
     """
+    shapes = [stage_shape(name) for name in stages]
+    for shape in shapes:
+        shape.first_group(network.groups)  # may raise: not after the stages before it have taken minutes
     network.to(memory_format=memory_format(network.device))
     before = after = logits_of(network, head, val.pixels, settings.batch_size)
     records: list[StageRecord] = []
@@ -208,12 +215,12 @@ def fine_tune(
         network.load_trunk(without_prefix("kept/trunk", resumed.tensors))
         head = Head(head.labels, *(resumed.tensors[f"kept/head/{name}"].numpy() for name in ("weight", "bias")))
         logger.info("going on at stage %d, epoch %d", len(records) + 1, resumed.position["epoch"] + 1)
-    for index in range(len(records), len(stages)):
-        shape = STAGE_SHAPES[stages[index]]
-        reason = _reason_to_leave_out(shape, records, network.num_groups)
+    for index in range(len(records), len(shapes)):
+        shape = shapes[index]
+        reason = _reason_to_leave_out(shape, records, network.groups)
         if reason:
             logger.info("stage %s: %s", shape.name, reason)
-            records.append(_untried(shape, network.num_groups, reason))
+            records.append(_untried(shape, network.groups, reason))
             continue
         stage = _Stage(
             shape, index, network, head, train, val, settings, checkpoints, tuple(records), curve, times, on_epoch
@@ -247,7 +254,7 @@ class _Stage:
     @property
     def group(self) -> int:
         """The first layer group that moves."""
-        return self.shape.first_group(self.network.num_groups)
+        return self.shape.first_group(self.network.groups)
 
     def run(self, resumed: Checkpoint | None) -> tuple[StageRecord, Head]:
         """Trains, judges, and leaves the network with the kept weights.
@@ -267,9 +274,9 @@ class _Stage:
         pace = self._pace(head, train_source)
         if pace.length.steps < USELESS_STEPS and pace.length.limited_by == "max_tflop":
             reason = f"not tried: finetune.max_tflop affords {pace.length.steps} steps; {USELESS_STEPS} is the least"
-            return _untried(self.shape, self.network.num_groups, reason), self.head
+            return _untried(self.shape, self.network.groups, reason), self.head
         record = replace(
-            _untried(self.shape, self.network.num_groups, ""),
+            _untried(self.shape, self.network.groups, ""),
             epochs=pace.length.epochs,
             steps=pace.length.steps,
             num_parameters=sum(each.numel() for each in trainable_tensors(self.network, self.group, head).values()),
@@ -577,20 +584,20 @@ def forget_gradients(network: Network, head: StandardisedHead) -> None:
         tensor.grad = None
 
 
-def _reason_to_leave_out(shape: StageShape, records: Sequence[StageRecord], num_groups: int) -> str | None:
+def _reason_to_leave_out(shape: StageShape, records: Sequence[StageRecord], groups: Groups) -> str | None:
     """Why a stage is not tried, or None."""
     if records and not records[-1].kept:
         return f"not tried: stage {records[-1].name} was not kept"
-    if records and shape.first_group(num_groups) >= min(records[-1].groups):
+    if records and shape.first_group(groups) >= min(records[-1].groups):
         return f"not tried: stage {records[-1].name} moved the same layers"
     return None
 
 
-def _untried(shape: StageShape, num_groups: int, reason: str) -> StageRecord:
+def _untried(shape: StageShape, groups: Groups, reason: str) -> StageRecord:
     """The record of a stage of which nothing is known but why."""
     return StageRecord(
         name=shape.name,
-        groups=tuple(range(shape.first_group(num_groups), num_groups)),
+        groups=tuple(range(shape.first_group(groups), len(groups))),
         num_parameters=0,
         epochs=0,
         steps=0,

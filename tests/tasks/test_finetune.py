@@ -43,10 +43,10 @@ from tasks.training.logit_adjustment import class_shift
 from tasks.training.schedule import (
     EPOCHS_ABOVE,
     MIN_STEPS,
-    STAGE_SHAPES,
     layer_group_learning_rates,
     recipe_for,
     stage_length,
+    stage_shape,
     warmup_cosine,
 )
 from tasks.training.selection import best_temperature, compare, judge, negative_log_likelihood
@@ -162,8 +162,13 @@ def test_every_family_has_the_recipe_that_suits_it() -> None:
 
 
 def test_the_stem_is_in_no_stage() -> None:
-    assert [STAGE_SHAPES["top"].first_group(5), STAGE_SHAPES["rest"].first_group(5)] == [4, 1]
-    assert STAGE_SHAPES["rest"].first_group(2) == 1
+    groups = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3", "@relu"), ("layer4",))
+    starts = {name: stage_shape(name).first_group(groups) for name in ("top", "rest", "layer2", "layer3")}
+    assert starts == {"top": 4, "rest": 1, "layer2": 2, "layer3": 3}
+    assert stage_shape("rest").first_group(groups[:2]) == 1
+    for name in ("conv1", "layer5", "@relu2"):
+        with pytest.raises(ParamsError, match=rf"no layer group.*'{name}'.*: layer1; layer2; layer3; layer4\."):
+            stage_shape(name).first_group(groups)
 
 
 # The average, the interpolation, the head
@@ -657,12 +662,25 @@ def pace_of(network: Network) -> Pace:
 
 def test_a_plan_with_a_stage_that_does_not_exist_lists_those_that_do(repository: Path, tmp_path: Path) -> None:
     text = (repository / "params.yaml").read_text()
-    (tmp_path / "params.yaml").write_text(text.replace("stages: [top, rest]", "stages: [top, features.7]"))
-    with pytest.raises(ParamsError, match=r"finetune\.stages.*'top', 'rest', 'adversarial' or 'scratch'.*features\.7"):
+    (tmp_path / "params.yaml").write_text(text.replace("stages: [top, rest]", "stages: [top, all]"))
+    with pytest.raises(ParamsError, match=r"finetune\.stages: .*'all'.*top, rest, adversarial, scratch"):
         load_params(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text(text.replace("stages: [top, rest]", "stages: [scratch, top]"))
     with pytest.raises(ParamsError, match="stands alone"):
         load_params(tmp_path / "params.yaml")
+
+
+def test_a_plan_that_unfreezes_a_group_that_does_not_exist_lists_the_groups(layout: Layout, repository: Path) -> None:
+    with pytest.raises(ParamsError, match=r"'features\.70'.*: features\.3, features\.4; features\.5, "):
+        run(layout, repository, stages=("top", "features.70"))
+    assert not list(layout.finetuned_dir.glob("*"))
+
+
+def test_a_plan_may_unfreeze_group_by_group(layout: Layout, repository: Path) -> None:
+    report = run(layout, repository, stages=("top", "features.5", "rest"), epochs=1, max_steps=20)
+    assert [record.name for record in report.stages] == ["top", "features.5", "rest"]
+    first, second, third = (min(record.groups) for record in report.stages)
+    assert first > second > third == 1
 
 
 # Curves, times and the baseline from random weights

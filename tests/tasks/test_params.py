@@ -34,7 +34,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path, params_text: str) ->
         ("hflip: false", "hflip: 'no'", "augment.hflip"),
         ("batch_size: auto", "batch_size: 0", "features.batch_size"),
         ("views: auto", "views: many", "features.views"),
-        ("stages: [top, rest]", "stages: [top, bottom]", "finetune.stages.1"),
+        ("stages: [top, rest]", "stages: [top, bottom]", "finetune.stages: .*'bottom'.*top, rest"),
         ("device: auto", "device: tpu", "finetune.device"),
         ("precision: auto", "precision: float16", "finetune.precision"),
         ("mean: null", "mean: [0.5, 0.5]", "backbone.mean"),
