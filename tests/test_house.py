@@ -155,8 +155,8 @@ def test_the_readmes_picture_is_the_pipeline(repository: Path) -> None:
 
 
 def commands_of(readme: str) -> list[list[str]]:
-    """Every line of the README's sh blocks that calls tanuki, as words."""
-    blocks = re.findall(r"```sh\n(.*?)```", readme, re.S)
+    """Every line of the README's blocks for a shell that calls tanuki, as words."""
+    blocks = re.findall(r"```(?:sh|shell|bash)\n(.*?)```", readme, re.S)
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith("tanuki ")]
 

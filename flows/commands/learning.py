@@ -4,22 +4,20 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from flows.commands.terminal import Json, asides, out, print_json
 from flows.workspace import exclusive, find_workspace, run_recipe
 
 ATTACK_TIMEOUT_S = 24 * 3600.0
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-
+app = typer.Typer()
 pretrained_app = typer.Typer(
     help="A pretrained model as it is: its own classifier, its own labels.", no_args_is_help=True
 )
-out = Console(highlight=False, soft_wrap=True)
-asides = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+@app.command()
 def compare(
     context: typer.Context,
     ways: Annotated[
@@ -43,7 +41,7 @@ def compare(
     with prefect_server(layout):
         report = compare_flow(layout.root, ways=tuple(ways or ()))
     if as_json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json(report)
         return
     for line in ways_lines(report):
         out.print(escape(line))
@@ -82,6 +80,7 @@ def _cells(outcome: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+@app.command()
 def attack(context: typer.Context, as_json: Json = False) -> None:
     """Attack the last retrain's model on test images: how often it is right when they are changed to mislead it."""
     layout = find_workspace(context.obj)
@@ -89,13 +88,52 @@ def attack(context: typer.Context, as_json: Json = False) -> None:
         run_recipe(layout, "attack", timeout_s=ATTACK_TIMEOUT_S)
     report: dict[str, Any] = json.loads(layout.report("attack").read_text(encoding="utf-8"))
     if as_json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json(report)
         return
     out.print(f"{report['num_images']} test images, each value changed by at most {report['epsilon']:g} of 255")
     for name, found in report["accuracy"].items():
         shares = (found[key] for key in ("accuracy", "accuracy_low", "accuracy_high"))
         out.print(f"{name.replace('_', ' '):18}  {'{:.1%}  ({:.1%} to {:.1%})'.format(*shares)}")
     out.print(escape(report["meaning"]))
+
+
+@app.command()
+def pretrain(context: typer.Context, as_json: Json = False) -> None:
+    """Train a backbone on a larger, related set, as the section pretrain of params.yaml says."""
+    layout = find_workspace(context.obj)
+    asides.print("Starting Prefect and the training ...", style="dim")
+    from flows.server import prefect_server
+
+    with prefect_server(layout):
+        from flows.pretrain import pretrain as pretrain_flow
+
+        made = pretrain_flow(layout.root)
+    if as_json:
+        print_json(made)
+    else:
+        out.print(f"{made['weights']}: {made['architecture']}, {made['size_bytes'] / 1e6:.1f} MB")
+        out.print(
+            f"Next: backbone.source: [bold]file:{made['weights']}[/] in params.yaml, then [bold]tanuki retrain[/]"
+        )
+
+
+@app.command()
+def extract(
+    context: typer.Context,
+    parts: Annotated[int, typer.Option(help="Processes that share the work: one a GPU or a machine.", min=1)],
+    dask: Annotated[str | None, typer.Option(help="Address of a Dask cluster's scheduler (the extra scale).")] = None,
+) -> None:
+    """Fill the feature store in parts, side by side, so that the next retrain finds all features there."""
+    layout = find_workspace(context.obj)
+    asides.print("Starting Prefect and the extraction ...", style="dim")
+    from flows.server import prefect_server
+
+    with prefect_server(layout):
+        from flows.extract import extract as extract_flow
+        from flows.extract import on_dask
+
+        (on_dask(dask) if dask else extract_flow)(layout.root, parts=parts)
+    out.print("Next: [bold]tanuki retrain[/]")
 
 
 @pretrained_app.command("export")
@@ -106,7 +144,7 @@ def export_pretrained(context: typer.Context, as_json: Json = False) -> None:
     layout = find_workspace(context.obj)
     made = export_pretrained(layout)
     if as_json:
-        print(json.dumps(made, indent=2, ensure_ascii=False))
+        print_json(made)
         return
     out.print(
         escape(f"{made['bundle']}: {made['architecture']} as it is, {made['num_classes']:,} classes, ")

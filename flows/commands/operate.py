@@ -1,21 +1,20 @@
-"""`tanuki up`: one box, everything on it."""
+"""Commands that keep a box going: everything on it, what may go from it, what is wrong with it."""
 
-import json
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.workspace import find_workspace
+from flows.commands.terminal import Json, out, print_json
+from flows.workspace import exclusive, find_workspace
 
 if TYPE_CHECKING:
     from flows.up.status import UpStatus
 
 app = typer.Typer()
-out = Console(highlight=False, soft_wrap=True)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -76,10 +75,62 @@ def up(
     run_up(layout, settings, lambda line: out.print(escape(line)))
 
 
+@app.command("gc")
+def collect_garbage(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what it would free.")] = False,
+    forget: Annotated[
+        list[int] | None,
+        typer.Option(help="A version whose features, and data in DVC's cache, may go; may be given again.", min=1),
+    ] = None,
+    keep_last: Annotated[
+        int | None, typer.Option(help="Remove versions never live first, but for so many of the youngest.", min=1)
+    ] = None,
+    keep_runs: Annotated[int, typer.Option(help="Days for which Prefect keeps this workspace's runs.", min=0)] = 90,
+    runs: Annotated[bool, typer.Option(help="Look at Prefect's runs too, which takes a server.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Drop what neither the workspace, git nor a kept version needs: features, DVC's cache, old runs of Prefect."""
+    from flows.garbage import collect_garbage
+
+    layout = find_workspace(context.obj)
+    with exclusive(layout, "gc"):
+        report = collect_garbage(layout, dry_run=dry_run, forget=forget or (), keep_last=keep_last)
+        swept = None
+        if runs:
+            from flows.run_history import sweep_runs
+
+            swept = sweep_runs(layout, older_than_days=keep_runs, dry_run=dry_run)
+    if as_json:
+        print_json({**report.as_dict(), "runs": None if swept is None else swept.runs})
+        return
+    out.print(escape(report.text()))
+    if swept is not None:
+        out.print(
+            f"{'Would remove' if dry_run else 'Removed'} {swept.runs} runs older than {keep_runs} days from Prefect."
+        )
+
+
+@app.command()
+def doctor(context: typer.Context, as_json: Json = False) -> None:
+    """Check Python, packages, git, DVC, the processor, the disk and Prefect; says what to do."""
+    from flows.doctor import examine
+
+    findings = examine(context.obj)
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        marks = {"ok": "[green]ok  [/]", "warning": "[yellow]warn[/]", "problem": "[red]BAD [/]"}
+        for finding in findings:
+            out.print(f"{marks[finding.level]} {finding.subject}: {escape(finding.text)}")
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
 def _tell(status: "UpStatus", *, as_json: bool) -> None:
     """Exit code 1 where a part is not well."""
     if as_json:
-        print(json.dumps(status.as_dict(), indent=2, ensure_ascii=False))
+        print_json(status.as_dict())
     else:
         for part in status.parts:
             out.print(f"{'[green]ok  [/]' if part.is_well else '[red]BAD [/]'} {part.name:<7} {escape(part.text)}")

@@ -1,23 +1,20 @@
 """`tanuki drift` and `tanuki label-queue`: what production sees, and what of it is worth a label."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from flows.commands.terminal import Json, out, print_json
 from flows.workspace import find_workspace
 
 app = typer.Typer()
-out = Console(highlight=False, soft_wrap=True)
 
 Captures = Annotated[
     Path | None, typer.Option(help="Where the server captures (its --capture-dir); data/captures, if not given.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 @app.command()
@@ -30,7 +27,7 @@ def drift(context: typer.Context, captures: Captures = None, as_json: Json = Fal
     report = look_for_drift(layout, captures)
     record_drift(layout, report)
     if as_json:
-        print(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+        print_json(asdict(report))
     else:
         out.print(escape(report.text()))
         out.print(f"Look at {(layout.drift_dir / 'index.html').relative_to(layout.root)}")
@@ -49,6 +46,6 @@ def label_queue(
 
     report = write_label_queue(find_workspace(context.obj), folder, captures, number=number)
     if as_json:
-        print(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+        print_json(asdict(report))
     else:
         out.print(escape(report.text()))
