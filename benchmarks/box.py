@@ -23,6 +23,7 @@ from flows.up.settings import MARK
 
 PATIENCE_S = 900.0  # of a busy machine; on a free one nothing here takes more than a minute
 POLL_S = 0.25
+API_S = 60.0
 QUICK_SCHEDULER = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"}
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
@@ -104,7 +105,7 @@ class Box:
             return json.load(response)
 
     def api(self, path: str, body: dict[str, Any] | list[Any]) -> Any:
-        """What Prefect's server answers; asked again while it says that SQLite is locked."""
+        """What Prefect's server answers; asked again while it says that SQLite is locked, or says nothing."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.ports[1]}/api{path}",
             json.dumps(body).encode(),
@@ -112,12 +113,16 @@ class Box:
         )
         while True:
             try:
-                with urllib.request.urlopen(request, timeout=60) as response:
+                with urllib.request.urlopen(request, timeout=API_S) as response:
                     return json.load(response)
             except urllib.error.HTTPError as error:
                 if error.code != 503:
                     raise
                 time.sleep(1)
+            except TimeoutError:
+                if not path.endswith("/filter"):
+                    raise  # what it began it may have done
+                print(f"    Prefect's server did not answer {path} within {API_S:.0f} s", flush=True)
 
     def runs(self, deployment: str) -> list[dict[str, Any]]:
         """The runs of a deployment that have begun or should have, the first first."""

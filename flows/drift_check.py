@@ -73,7 +73,7 @@ class DriftReport:
     def headline(self) -> str:
         """The gist, in words."""
         if self.outcome == "too few":
-            return f"{self.num_compared:,} captured answers are too few to tell"
+            return f"{self.num_compared:,} different pictures are too few to tell"
         if self.outcome == "none":
             return "no drift"
         return "drift in " + ", ".join(
@@ -124,10 +124,12 @@ def look_for_drift(layout: Layout, captures: Path | None = None, *, now: datetim
     since = looked_at - timedelta(days=params.drift.window_days)
     captured = read_captured(folder, bundle=bundle.digest, since=since, limit=params.drift.max_images, seed=params.seed)
     reference = read_reference(layout, bundle, params.drift, seed=params.seed)
-    comparison = None
-    if len(captured.labels) >= params.drift.min_images:
-        comparison = _compare(bundle, captured, reference, params.drift, seed=params.seed)
-    report = _report(version.id, bundle, captured, reference, comparison, params.drift, looked_at, since)
+    comparison, num_compared = None, len(captured.labels)
+    if num_compared >= params.drift.min_images:
+        found = _compare(bundle, captured, reference, params.drift, seed=params.seed)
+        num_compared = len(found.window_rows)
+        comparison = found if num_compared >= params.drift.min_images else None
+    report = _report(version.id, bundle, captured, reference, comparison, num_compared, params.drift, looked_at, since)
     novel = [] if comparison is None else _novel(captured, comparison, params.drift.novel_images)
     write_json(layout.drift_dir / "drift.json", asdict(report))
     page = drift_page(
@@ -182,6 +184,7 @@ def _report(
     captured: Captured,
     reference: Answers,
     comparison: Comparison | None,
+    num_compared: int,
     params: DriftParams,
     looked_at: datetime,
     since: datetime,
@@ -198,7 +201,7 @@ def _report(
         since=since.isoformat(timespec="seconds"),
         num_captured=captured.num_found,
         num_others=captured.num_others,
-        num_compared=len(captured.labels) if comparison is None else len(comparison.window_rows),
+        num_compared=num_compared,
         num_reference=len(reference),
         level=params.level,
         tests={} if comparison is None else {name: asdict(test) for name, test in comparison.tests.items()},

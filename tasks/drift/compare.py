@@ -25,7 +25,7 @@ from tasks.drift.two_sample import (
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-SAME = 1e-4  # share of the median distance below which two pictures of a window are one picture, sent again
+SAME = 1e-4  # share of the reference's median distance below which two pictures are one picture, sent again
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +153,9 @@ def compare(
         seed: Of the permutations.
     """
     with threadpool_limits(1):  # the same numbers however many cores there are; and it takes less than a second
+        rows = _distinct(*_scaled(reference.embeddings, window.embeddings))
+        window = window.of(rows)
         scaled, of_window = _scaled(reference.embeddings, window.embeddings)
-        rows = _distinct(of_window)
-        window, of_window = window.of(rows), of_window[rows]
         pooled = np.concatenate([scaled, of_window])
         predicted = np.concatenate([reference.predicted, window.predicted])
         confidence = np.concatenate([reference.confidence, window.confidence])
@@ -193,11 +193,13 @@ def _scaled(reference: Float32, window: Float32) -> tuple[Float64, Float64]:
     return pooled[: len(reference)], pooled[len(reference) :]
 
 
-def _distinct(samples: Float64) -> NDArray[np.int64]:
-    """Rows without those that repeat an earlier one: a picture sent a thousand times is no shift of a thousand."""
-    distances = squared_distances(samples, samples)
-    limit = SAME**2 * np.median(distances)
-    repeats = np.tril(distances <= limit, -1).any(axis=1)
+def _distinct(reference: Float64, window: Float64) -> NDArray[np.int64]:
+    """Rows of the window that repeat no earlier one: a picture sent a thousand times is no shift of a thousand.
+
+    How far apart pictures are is asked of the reference: most of a window may be one picture, such as a probe's.
+    """
+    limit = SAME**2 * np.median(squared_distances(reference, reference))
+    repeats = np.tril(squared_distances(window, window) <= limit, -1).any(axis=1)
     return np.flatnonzero(~repeats)
 
 

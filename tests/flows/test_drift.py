@@ -115,6 +115,13 @@ def test_too_few_answers_are_told_and_no_alarm(layout: Layout, usual: Path) -> N
     assert "too few" in (layout.drift_dir / "index.html").read_text(encoding="utf-8")
 
 
+def test_one_picture_sent_again_and_again_is_too_few(layout: Layout, tmp_path: Path) -> None:
+    ask(layout, tmp_path, [others()[0]] * NUM_ASKED)
+    report = look_for_drift(layout, tmp_path)
+    assert (report.outcome, report.num_captured, report.num_compared) == ("too few", NUM_ASKED, 1)
+    assert "1 different pictures are too few" in report.text()
+
+
 def test_another_versions_answers_are_left_out(layout: Layout, usual: Path) -> None:
     second = add_version(layout.registry_dir, layout.root, sharpness=4.0)
     try:

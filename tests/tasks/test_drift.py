@@ -50,11 +50,16 @@ def test_each_kind_of_drift_is_told_by_its_own_test() -> None:
 
 
 def test_a_picture_sent_again_and_again_is_no_drift() -> None:
+    """Such as a probe's; its numbers differ in their last digits, with the batch that it was answered in."""
     window = answers(60, 8)
-    again = np.concatenate([np.arange(60), np.zeros(200, dtype=np.int64)])
-    comparison = compared(window.of(again))
-    assert len(comparison.window_rows) == 60
+    alone = compared(window)
+    again = window.of(np.concatenate([np.arange(60), np.zeros(600, dtype=np.int64)]))
+    noise = 1e-6 * np.random.default_rng(0).normal(size=again.embeddings.shape).astype(np.float32)
+    comparison = compared(Answers(again.probabilities, again.embeddings + noise))
+    assert comparison.window_rows.tolist() == list(range(60))
     assert not comparison.is_drift
+    assert comparison.tests["predictions"] == alone.tests["predictions"]
+    assert comparison.tests["pictures"].statistic == pytest.approx(alone.tests["pictures"].statistic, abs=1e-3)
 
 
 def test_the_most_novel_picture_is_the_one_unlike_all_others() -> None:
