@@ -149,12 +149,12 @@ class Box:
 
     def end_of(self, deployment: str, id_: str) -> dict[str, Any]:
         """Waits until a run has ended."""
+        return self.until(lambda: self.has_ended(deployment, id_)) or {}
 
-        def ended() -> dict[str, Any] | None:
-            (run,) = (run for run in self.runs(deployment) if run["id"] == id_)
-            return run if run["state"]["type"] in FINAL else None
-
-        return self.until(ended) or {}
+    def has_ended(self, deployment: str, id_: str) -> dict[str, Any] | None:
+        """A run that has ended, else None."""
+        (run,) = (run for run in self.runs(deployment) if run["id"] == id_)
+        return run if run["state"]["type"] in FINAL else None
 
 
 def free_port() -> int:

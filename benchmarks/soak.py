@@ -22,7 +22,7 @@ import threading
 import time
 import urllib.error
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ LIE_FILES = 2
 ASK_EVERY_S = 0.2
 CAPTURES_NIGHTS = 7  # `drift.window_days`, of nights that last less than a minute
 KILL_WITHIN_S = 25.0
+FULL_S = 45.0  # until somebody makes room
 GC_NIGHTS = 7
 IDENTITY = {
     f"GIT_{who}_{what}": value
@@ -280,13 +281,14 @@ def evening(world: World, night: Night) -> None:
 def retrain(world: World, night: Night) -> None:
     """The nightly retrain, with what may befall it; and whatever else of retrains was asked for meanwhile."""
     before = {run["id"] for run in world.box.runs("retrain") if run["state"]["type"] in FINAL}
-    with ExitStack() as stack:
-        if "full" in night.events:
-            stack.enter_context(full(world.layout.root))
-        asked = world.box.ask("retrain")
-        if "killed" in night.events:
-            kill(world, float(world.generator.uniform(0, KILL_WITHIN_S)))
-        world.box.end_of("retrain", asked)
+    asked = world.box.ask("retrain")
+    if "full" in night.events:
+        # Somebody makes room after a while: until then Prefect's own database may not be able to tell of the end.
+        with full(world.layout.root):
+            soon(lambda: world.box.has_ended("retrain", asked), FULL_S)
+    if "killed" in night.events:
+        kill(world, float(world.generator.uniform(0, KILL_WITHIN_S)))
+    world.box.end_of("retrain", asked)
     if {run["id"] for run in world.box.ended("retrain", "Crashed")} - before:
         # The trigger has a cool-down: after a crash too many the next night goes on.
         soon(

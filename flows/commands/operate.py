@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -72,7 +73,7 @@ def up(
         notify=tuple(notify or ()),
         serve_options=tuple(context.args),
     )
-    run_up(layout, settings, lambda line: out.print(escape(line)))
+    run_up(layout, settings, partial(print, flush=True))
 
 
 @app.command("gc")

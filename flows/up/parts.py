@@ -45,6 +45,7 @@ class Part:
 
     def start(self) -> None:
         """Starts the process; its words are appended to the log."""
+        self._started = time.monotonic()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -56,7 +57,6 @@ class Part:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._started = time.monotonic()
 
     def trim_log(self, max_bytes: int = MAX_LOG_BYTES) -> None:
         """Begins a long log anew and keeps the last one beside it; who writes there appends, so it need not know."""
@@ -111,6 +111,15 @@ def ours(layout: Layout) -> list[psutil.Process]:
 def runs(layout: Layout) -> list[psutil.Process]:
     """Those of them that carry out a flow run."""
     return [process for process in ours(layout) if "prefect.engine" in " ".join(_command(process))]
+
+
+def living_runs(layout: Layout) -> set[str]:
+    """Ids of the flow runs that a process of ours works for, be it the run's own or one that it left behind."""
+    found = set()
+    for process in ours(layout):
+        with contextlib.suppress(psutil.Error, OSError):
+            found.add(process.environ().get("PREFECT__FLOW_RUN_ID", ""))
+    return found - {""}
 
 
 def end(processes: Iterable[psutil.Process]) -> int:

@@ -13,7 +13,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -114,16 +114,25 @@ def provision(layout: Layout, settings: UpSettings, environment: Mapping[str, st
     return True
 
 
-def bury_the_dead() -> list[str]:
-    """Marks runs as crashed that the server thinks are under way; call it when no process carries one out.
+def bury_the_dead(living: Collection[str], *, silent_s: float = 0.0) -> list[str]:
+    """Marks runs as crashed that the server thinks are under way, although no process carries them out.
 
     A trigger of deploy/prefect.yaml then begins a retrain again, and whoever wants to know is told.
+
+    Args:
+        living: Ids of runs that a process carries out.
+        silent_s: A run that has changed its state within this time may have no process yet.
 
     Returns:
         Their names.
     """
+    since = datetime.now(UTC) - timedelta(seconds=silent_s)
     with get_client(sync_client=True) as client:
-        dead = _under_way(client)
+        dead = [
+            run
+            for run in _under_way(client)
+            if str(run.id) not in living and (run.state is None or run.state.timestamp <= since)
+        ]
         for run in dead:
             client.set_flow_run_state(run.id, Crashed(message=CUT_SHORT), force=True)
     return [run.name for run in dead]

@@ -15,13 +15,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import FrameType
 
 from deploy.files import write_json
 from flows.registries import registry_place
-from flows.up.parts import Part, end, ours, runs
+from flows.up.parts import Part, end, living_runs, ours, runs
 from flows.up.settings import WORK_POOL, UpSettings, check, part_environment
 from flows.up.terminal import Tail, readable
 from flows.workspace import BusyError, WorkspaceError
@@ -29,6 +29,7 @@ from tasks.layout import Layout
 
 START_TIMEOUT_S = 180.0
 TICK_S = 0.25
+BURY_S = 60.0
 GRACE_S = {"model": 25.0, "server": 15.0}
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def run_up(layout: Layout, settings: UpSettings, say: Say) -> None:
         WorkspaceError: If the server does not start, or refuses the deployments.
     """
     check(settings)
+    say = whatever_comes(say)
     environment = part_environment(layout, settings)
     with _alone(layout), _until_told() as stop:
         if left := end(ours(layout)):
@@ -58,13 +60,21 @@ def run_up(layout: Layout, settings: UpSettings, say: Say) -> None:
             _prepare(layout, settings, environment, say)
             parts["worker"].start()
             parts["model"].start()
-            _note(layout, settings, parts)
+            noted = _note(layout, settings, parts)
             say(f"server  {settings.ui_url}")
             say(f"model   {settings.model_url}")
             say("up      all parts run; Ctrl-C ends them")
+            looks_at = time.monotonic() + BURY_S
             while not stop.wait(TICK_S):
                 _show(tails, say)
-                _tend(layout, settings, parts, say)
+                tend(layout, parts, say)
+                if time.monotonic() >= looks_at:
+                    if answers(f"{settings.api_url}/health"):
+                        _bury(layout, say, silent_s=BURY_S)
+                    looks_at = time.monotonic() + BURY_S
+                if noted != _pids(parts):
+                    with suppress(OSError):  # a full disk: at the next tick
+                        noted = _note(layout, settings, parts)
         finally:
             _stop(layout, parts, say)
             _show(tails, say)
@@ -102,34 +112,49 @@ def _prepare(layout: Layout, settings: UpSettings, environment: Mapping[str, str
         say(f"server  {missed} missed runs are dropped; the last one of each schedule stands in for them")
 
 
-def _tend(layout: Layout, settings: UpSettings, parts: Mapping[str, Part], say: Say) -> None:
-    """Starts again what has ended, and keeps the logs short."""
+def whatever_comes(say: Say) -> Say:
+    """Says what can be said: the box goes on where its words go to a full disk, or to nobody any more."""
+
+    def saying(line: str) -> None:
+        with suppress(OSError):
+            say(line)
+
+    return saying
+
+
+def tend(layout: Layout, parts: Mapping[str, Part], say: Say) -> None:
+    """Starts again what has ended, and keeps the logs short; what a full disk prevents is tried again."""
     for part in parts.values():
-        part.trim_log()
+        with suppress(OSError):
+            part.trim_log()
         if (code := part.exit_code()) is not None:
             wait_s = part.plan_restart()
             say(f"{part.name:<7} ended ({_how(code)}); {part.log} says why; it starts again in {wait_s:.0f} s")
         if part.is_due():
             if part.name == "worker":
                 _bury(layout, say)
-            part.start()
-            _note(layout, settings, parts)
-            say(f"{part.name:<7} started again")
+            try:
+                part.start()
+            except OSError as error:
+                say(f"{part.name:<7} cannot be started: {error}; tried again in {part.plan_restart():.0f} s")
+            else:
+                say(f"{part.name:<7} started again")
 
 
-def _bury(layout: Layout, say: Say) -> None:
-    """The runs of a worker that was killed may live on, and then end by themselves; if none does, they are dead."""
+def _bury(layout: Layout, say: Say, *, silent_s: float = 0.0) -> None:
+    """Tells the server of runs that died without a word: a killed worker's, or what a full disk kept from telling.
+
+    As long as they seem to run they hold their slot, and no other retrain begins.
+    """
     from flows.up.provision import bury_the_dead
 
-    if runs(layout):
-        return
     try:
-        dead = bury_the_dead()
-    except Exception as error:  # noqa: BLE001 - the server may be away too; zombies are then ended by its automation
+        dead = bury_the_dead(living_runs(layout), silent_s=silent_s)
+    except Exception as error:  # noqa: BLE001 - the server may be away too; the next look ends them
         logger.warning("the server cannot be told which runs died: %s", error)
         return
     if dead:
-        say(f"worker  with it died: {', '.join(dead)}")
+        say(f"worker  died without a word: {', '.join(dead)}")
 
 
 def _how(code: int) -> str:
@@ -171,20 +196,23 @@ def _stop(layout: Layout, parts: Mapping[str, Part], say: Say) -> None:
     say("up      everything has ended")
 
 
-def _note(layout: Layout, settings: UpSettings, parts: Mapping[str, Part]) -> None:
-    """For `tanuki up --status`."""
+def _pids(parts: Mapping[str, Part]) -> dict[str, int | None]:
+    return {name: part.process.pid if part.process else None for name, part in parts.items()}
+
+
+def _note(layout: Layout, settings: UpSettings, parts: Mapping[str, Part]) -> dict[str, int | None]:
+    """For `tanuki up --status`; the processes that were noted."""
+    pids = _pids(parts)
     facts = {
         "pid": os.getpid(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "api": settings.api_url,
         "ui": settings.ui_url,
         "model": settings.model_url,
-        "parts": {
-            name: {"pid": part.process.pid if part.process else None, "log": str(part.log)}
-            for name, part in parts.items()
-        },
+        "parts": {name: {"pid": pids[name], "log": str(part.log)} for name, part in parts.items()},
     }
     write_json(layout.up_facts, facts)
+    return pids
 
 
 def _show(tails: Mapping[str, Tail], say: Say) -> None:

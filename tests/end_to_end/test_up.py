@@ -166,6 +166,15 @@ def test_new_images_in_the_inbox_ask_for_one_retrain(box: ListenedTo, tmp_path: 
     box.until(lambda: [each for each in box.posted if "Version 2: " in each["body"]])  # better, or not with its reason
 
 
+def test_a_run_that_died_without_a_word_gives_its_slot_back(box: ListenedTo) -> None:
+    """As one does that begins on a full disk, where Prefect's server can write nothing down."""
+    deployment = box.deployment("drift")["id"]
+    dead = box.api(f"/deployments/{deployment}/create_flow_run", {"state": {"type": "PENDING"}})["id"]
+    assert box.end_of("drift", dead)["state"]["type"] == "CRASHED"
+    assert "died without a word" in box.said()
+    assert box.run("drift")["state"]["type"] == "COMPLETED"
+
+
 def test_a_stop_leaves_no_process_and_a_start_loses_no_schedule(box: ListenedTo) -> None:
     before = {name: box.deployment(name)["schedules"] for name in ("retrain", "ingest")}
     assert box.stop() == 0

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from flows.signals import RETRAIN_WANTED
 from flows.up.parts import Part
 from flows.up.provision import OCCASIONS, RETRAIN, deployment_names, end_zombies
 from flows.up.settings import WORK_POOL, UpSettings, check
+from flows.up.supervisor import tend, whatever_comes
 from flows.up.terminal import Tail, readable
 from tasks.layout import Layout
 
@@ -160,6 +162,32 @@ def test_a_part_that_ends_again_and_again_is_started_less_and_less_often(tmp_pat
         waits.append(part.plan_restart())
     assert waits == sorted(waits)
     assert waits[-1] == 60
+
+
+def test_a_part_that_a_full_disk_keeps_from_starting_is_tried_again_and_the_box_goes_on(tmp_path: Path) -> None:
+    layout, log = Layout(tmp_path), tmp_path / "model.log"
+    part = Part("model", ["sleep", "60"], log=log, environment=dict(os.environ), root=tmp_path)
+    said: list[str] = []
+    log.mkdir()  # cannot be opened, as a file on a full disk cannot be made
+    tend(layout, {"model": part}, said.append)
+    assert part.process is None
+    assert not part.is_due()
+    log.rmdir()
+    part._due = 0.0
+    tend(layout, {"model": part}, said.append)
+    try:
+        assert part.exit_code() is None
+        assert part.process is not None
+        assert [line.split(":")[0] for line in said] == ["model   cannot be started", "model   started again"]
+    finally:
+        part.kill()
+
+
+def test_words_for_a_full_disk_do_not_end_the_box() -> None:
+    full = Path("/dev/full").open("w")  # noqa: SIM115 - closing it is what raises
+    whatever_comes(partial(print, file=full, flush=True))("up")
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
 
 
 def test_a_canary_knows_what_moved_and_what_is_held_back() -> None:
