@@ -26,7 +26,7 @@ from tasks.data.image_store import is_whole, refuse_damaged, shard_paths
 from tasks.layout import Layout
 
 TEMPORARY_FAILURE = 75
-INTERRUPTED = (130, 252)  # by Ctrl-C: a stage's exit code, and that of DVC itself
+INTERRUPTED_CODES = (130, 252)  # by Ctrl-C: a stage's exit code, and that of DVC itself
 """Exit code of a stage whose trouble may pass by itself, such as a network's (EX_TEMPFAIL of sysexits.h)."""
 
 TAIL_LINES = 40
@@ -406,6 +406,7 @@ def run_experiment(layout: Layout, name: str, changes: Mapping[str, str], *, tim
 
     Raises:
         StageError: If a stage stopped; the message is its own.
+        KeyboardInterrupt: If one was interrupted.
     """
     words = [word for key, value in changes.items() for word in ("--set-param", f"{key}={value}")]
     _stream(layout, name, ["dvc", "exp", "run", "--name", name, *words], timeout_s)
@@ -456,7 +457,8 @@ def _stream(layout: Layout, name: str, module: list[str], timeout_s: float) -> l
     if process.returncode != 0:
         timed_out = time.perf_counter() - start >= timeout_s
         error = _stage_error(name, list(tail), process.returncode, timed_out, timeout_s)
-        if error.exit_code in INTERRUPTED:  # a Ctrl-C is for all of them; this process's own may be lost in a callback
+        # A Ctrl-C is for all of them; this process's own may have been lost in a callback.
+        if error.exit_code in INTERRUPTED_CODES:
             raise KeyboardInterrupt from error
         raise error
     return list(tail)
