@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -26,8 +27,10 @@ from tasks.data.image_store import is_whole, refuse_damaged, shard_paths
 from tasks.layout import Layout
 
 TEMPORARY_FAILURE = 75
-INTERRUPTED_CODES = (130, 252)  # by Ctrl-C: a stage's exit code, and that of DVC itself
 """Exit code of a stage whose trouble may pass by itself, such as a network's (EX_TEMPFAIL of sysexits.h)."""
+
+INTERRUPTED_CODES = (128 + signal.SIGINT, -signal.SIGINT, 252)
+"""After a Ctrl-C: a stage's exit code, that of a shell between DVC and the stage, and DVC's own."""
 
 TAIL_LINES = 40
 LOCK_POLL_S = 0.2
@@ -479,7 +482,13 @@ def _stage_error(stage: str, tail: list[str], returncode: int, timed_out: bool, 
         )
     starts = [number for number, line in enumerate(tail) if line.startswith(f"{stage}: ")]
     said = tail[starts[-1] :] if starts and exit_code in (1, TEMPORARY_FAILURE) else tail
-    return StageError("\n".join(line for line in said if not DVC_CHATTER.match(line)).strip() or text, exit_code)
+    message = "\n".join(line for line in said if not DVC_CHATTER.match(line)).strip() or text
+    number = exit_code - 128 if exit_code > 128 else -exit_code  # as a shell tells of a signal, and as Python does
+    if number == signal.SIGKILL:
+        message += f"\n{stage} was killed. Where nobody did that, memory ran out: the system's log says so."
+    elif number in set(signal.Signals):
+        message += f"\n{stage} was ended by {signal.Signals(number).name}."
+    return StageError(message, exit_code)
 
 
 def lineage(layout: Layout) -> dict[str, Any]:

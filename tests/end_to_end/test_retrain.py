@@ -120,10 +120,15 @@ def fine_tuning(workspace: Workspace) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("reaches_all", [True, False], ids=["all", "the-stage-alone"])
+@pytest.mark.parametrize(
+    ("reaches_all", "shell"),
+    [(True, "/bin/bash"), (False, "/bin/bash"), (False, "/bin/sh")],
+    ids=["all", "the-stage-alone", "the-stage-and-a-shell-that-stays"],
+)
 def test_ctrl_c_ends_a_retrain_within_seconds_and_says_so(
-    lived_in: Workspace, first_retrain: dict, reaches_all: bool
+    lived_in: Workspace, first_retrain: dict, monkeypatch: pytest.MonkeyPatch, reaches_all: bool, shell: str
 ) -> None:
+    monkeypatch.setenv("SHELL", shell)  # DVC's; Debian's sh waits for the stage and dies of the signal itself
     lived_in.set_param("finetune.clip_norm", 0.8)
     process = fine_tuning(lived_in)
     start = time.monotonic()
@@ -138,6 +143,20 @@ def test_ctrl_c_ends_a_retrain_within_seconds_and_says_so(
     assert process.returncode == 130, told
     assert time.monotonic() - start < 60
     assert "Interrupted. Nothing was lost" in told
+    assert "Traceback" not in told
+    lived_in.set_param("finetune.clip_norm", 1.0)
+
+
+def test_a_stage_that_is_killed_is_told_of_as_such(lived_in: Workspace, first_retrain: dict) -> None:
+    lived_in.set_param("finetune.clip_norm", 0.8)
+    process = fine_tuning(lived_in)
+    for each in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if each.cmdline()[-2:] == ["tasks", "finetune"]:
+                each.kill()
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, told
+    assert "finetune was killed. Where nobody did that, memory ran out" in told
     assert "Traceback" not in told
     lived_in.set_param("finetune.clip_norm", 1.0)
 
