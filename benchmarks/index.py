@@ -1,15 +1,18 @@
 """What does index_images cost beside decoding, and does its memory follow the pixels?
 
     python -m benchmarks.index --images FOLDER
+    python -m benchmarks.index --more
     python -m benchmarks.index --rows 1000 10000 100000
 
 The first prints the rate of the stage over the rate at which the same files are read and decoded to RGB, by the same
 decoder on as many threads, and nothing else: the ratio of the medians of several turns, taken in turn, each stage run
 from nothing; by the clock, and by processor time, which other work on the machine moves less. The stage decodes luma
 alone: what that costs by itself bounds the ratio, and is the last column. Without a folder it draws JPEGs of three
-sizes. The second indexes generated PNGs of 32 px, in a process of its own for each number of rows, and prints its peak
-memory, that of a second run over the same images, which are all known then, and what a twin of the first that is given
-pictures of 128 px needs more: a stage that kept pixels would need 46,080 bytes a row more.
+sizes. The second draws more of those and prints what another run costs where nothing has changed, and where one image
+in a hundred is new, as shares of the first run's time. The third indexes generated PNGs of 32 px, in a process of its
+own for each number of rows, and prints its peak memory, that of a second run over the same images, which are all known
+then, and what a twin of the first that is given pictures of 128 px needs more: a stage that kept pixels would need
+46,080 bytes a row more.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ NUM_CLASSES = 10
 LARGE_SIDE_PX = 128
 # Number, range of widths and range of heights of the JPEGs that are drawn.
 DRAWN = ((1000, (224, 500), (224, 500)), (600, (500, 500), (375, 375)), (60, (2000, 2000), (1500, 1500)))
+GROWN = 8  # times as many where growth is measured, so that what a run costs whatever there is does not count
 DATA = DataParams(layout="folders", shard_mb=256.0)
 PARAMS = IndexImagesParams(val_fraction=0.15, test_fraction=0.2, max_megapixels=100.0)
 
@@ -50,6 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.index", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=Path, help="a folder of labelled images (default: generated)")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--more", action="store_true", help="measure what 1 % more images cost instead")
     parser.add_argument("--rows", type=int, nargs="+", help="measure memory at these numbers of images instead")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
@@ -62,6 +67,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.rows:
             print_memory(Path(folder), arguments.rows)
+        elif arguments.more:
+            print("| images | px | first run, s | nothing changed | +1 % | by processor |")
+            print("|---|---|---|---|---|---|")
+            for number, widths, heights in DRAWN:
+                print_growth(Layout(Path(folder) / str(number)), GROWN * number, widths, heights, arguments.repeats)
         else:
             print(
                 "| images | px | cores | decoding, images/s | index_images, images/s | ratio | by processor | bound |"
@@ -70,12 +80,9 @@ def main() -> int:
             if arguments.images:
                 print_rates(Layout(Path(folder)), arguments.images.resolve(), arguments.repeats, str(arguments.images))
             for number, widths, heights in () if arguments.images else DRAWN:
-                photos, name = (
-                    Path(folder) / f"photos-{number}",
-                    f"{widths[0]}x{heights[0]} to {widths[1]}x{heights[1]}",
-                )
+                photos = Path(folder) / f"photos-{number}"
                 draw_photos(photos, number, widths, heights)
-                print_rates(Layout(Path(folder) / str(number)), photos, arguments.repeats, name)
+                print_rates(Layout(Path(folder) / str(number)), photos, arguments.repeats, sizes(widths, heights))
     return 0
 
 
@@ -98,6 +105,32 @@ def print_rates(layout: Layout, photos: Path, repeats: int, name: str) -> None:
     print(f"| {num_images} | {name} | {available_cores()} | {rates} | {ratios} |", flush=True)
 
 
+def print_growth(layout: Layout, number: int, widths: tuple[int, int], heights: tuple[int, int], repeats: int) -> None:
+    """What nothing and 1 % of new images cost a run, of what the first one cost."""
+    more = max(1, number // 100)
+    draw_photos(layout.raw, number + more, widths, heights)
+    listed = [layout.raw / image.path for image in list_images(layout.raw).images]
+    new = sorted(listed, key=lambda path: path.name)[-more:]
+    aside = [layout.root / path.name for path in new]
+    turns = []
+    for _ in range(repeats):
+        for path, other in zip(new, aside, strict=True):
+            path.rename(other)
+        time.sleep(2.5)  # a file that was changed a moment ago is read again
+        first, same = seconds(lambda: index(layout)), seconds(lambda: index(layout, again=True))
+        for path, other in zip(new, aside, strict=True):
+            other.rename(path)
+        turns.append((first, same, seconds(lambda: index(layout, again=True))))
+    (first_s, processor_s), (same_s, _), (grown_s, grown_processor_s) = np.median(np.array(turns), axis=0)
+    shares = f"{same_s / first_s:.1%} | {grown_s / first_s:.1%} | {grown_processor_s / processor_s:.1%}"
+    print(f"| {number} | {sizes(widths, heights)} | {first_s:.2f} | {shares} |", flush=True)
+
+
+def sizes(widths: tuple[int, int], heights: tuple[int, int]) -> str:
+    """The range of pictures' sizes in words."""
+    return f"{widths[0]}x{heights[0]} to {widths[1]}x{heights[1]}"
+
+
 def seconds(work: Callable[[], None]) -> tuple[float, float]:
     """What a piece of work takes, by the clock and of processors."""
     start, processor = time.perf_counter(), time.process_time()
@@ -118,6 +151,7 @@ def index(layout: Layout, *, again: bool = False) -> None:
     """The stage, from nothing or ``again``."""
     if not again:
         layout.images.unlink(missing_ok=True)
+        layout.stamps.unlink(missing_ok=True)
     index_images.run(layout, seed=0, data=DATA, index_images=PARAMS)
 
 

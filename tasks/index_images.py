@@ -1,7 +1,8 @@
 """Stage index_images: one row an image of data/raw → data/manifest/images.parquet.
 
-Facts are kept by content: a file that was seen before, under whatever name, is not decoded again. Rows go to the
-manifest a group at a time, so that memory does not follow the number of images but for their names.
+Facts are kept by content: a file that was seen before, under whatever name, is not decoded again, and one that has not
+changed since is not even read. Rows go to the manifest a group at a time, so that memory does not follow the number of
+images but for their names.
 """
 
 import logging
@@ -9,15 +10,16 @@ import shutil
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from deploy.files import remove_leftovers, sha256_bytes
@@ -26,8 +28,18 @@ from tasks.data.facts import Look, look_at, with_hashes
 from tasks.data.image_files import ImageFile, Listing
 from tasks.data.image_store import ImageStore, open_images, require_layout
 from tasks.data.known_facts import KnownFacts
-from tasks.data.manifest import ROWS_PER_GROUP, Facts, Row, manifest_writer, rows_to_table
+from tasks.data.manifest import (
+    ROWS_PER_GROUP,
+    Columns,
+    Facts,
+    Row,
+    columns_to_table,
+    facts_to_columns,
+    manifest_writer,
+    rows_to_table,
+)
 from tasks.data.splits import SPLITS, assigned_split
+from tasks.data.stamps import Stamps
 from tasks.errors import DataError
 from tasks.parallel import ITEMS_PER_THREAD, ordered_map
 from tasks.progress import progress
@@ -88,10 +100,10 @@ class Tally:
     images: Counter[tuple[str, str]] = field(default_factory=Counter)
     groups: "array[int]" = field(default_factory=lambda: array("Q"))
 
-    def count(self, rows: list[Row]) -> None:
-        self.errors += sum(row.facts.error is not None for row in rows)
-        self.images.update((row.label, row.split) for row in rows)
-        self.groups.extend(int(row.facts.group[:16], 16) for row in rows)
+    def count(self, columns: Columns) -> None:
+        self.errors += sum(error is not None for error in columns["error"])
+        self.images.update(zip(columns["label"], columns["split"], strict=True))
+        self.groups.extend(int(group[:16], 16) for group in columns["group"])
 
 
 def run(layout: "Layout", *, seed: int, data: "DataParams", index_images: "IndexImagesParams") -> IndexImagesReport:
@@ -101,40 +113,77 @@ def run(layout: "Layout", *, seed: int, data: "DataParams", index_images: "Index
         DataError: If there are no images, or only one class, or they do not lie as ``data.layout`` says.
         StoreError: If a shard is damaged.
     """
-    images = open_images(layout.raw)
-    require_layout(images, data.layout, layout.raw)
-    listing = images.listing()
+    store = open_images(layout.raw)
+    require_layout(store, data.layout, layout.raw)
+    listing = store.listing()
     _check(listing, layout.raw)
     known = KnownFacts([*sorted(layout.images_partial.glob("*.parquet")), layout.images])
     remove_leftovers(layout.images.parent)
+    stamps = Stamps(layout.stamps, store, listing.images)
     max_pixels = round(index_images.max_megapixels * 1e6)
-    tally = Tally()
+    places = known.places(stamps.sha256, max_pixels=max_pixels)
+    unread = np.flatnonzero(places < 0).tolist()
+    tally = Tally(reused=len(places) - len(unread))
+    fractions = (index_images.val_fraction, index_images.test_fraction)
     with manifest_writer(layout.images) as manifest, threadpool_limits(1, user_api="blas"):
-        facts = _all_facts(layout, images, listing.images, known, max_pixels, tally)
-        rows = _rows(listing, facts, seed, index_images.val_fraction, index_images.test_fraction)
-        while group := list(islice(rows, ROWS_PER_GROUP)):
-            tally.count(group)
-            manifest.write(rows_to_table(group))
+        facts = _read(layout, store, listing.images, unread, known, max_pixels, stamps, tally)
+        for start in range(0, len(places), ROWS_PER_GROUP):
+            group = slice(start, start + ROWS_PER_GROUP)
+            columns = _facts(known, places[group], facts)
+            columns |= _paths_and_splits(listing, group, columns["group"], seed, *fractions)
+            tally.count(columns)
+            manifest.write(columns_to_table(columns))
+    stamps.save()
     shutil.rmtree(layout.images_partial, ignore_errors=True)
     num_images = len(listing.images)
-    logger.info("%d images: %d decoded, %d known from before", num_images, num_images - tally.reused, tally.reused)
+    logger.info(
+        "%d images: %d decoded, %d known from before, %d of those unchanged and not read",
+        num_images,
+        num_images - tally.reused,
+        tally.reused,
+        num_images - len(unread),
+    )
     return _report(listing, tally)
 
 
-def _rows(
-    listing: Listing, facts: Iterable[Facts], seed: int, val_fraction: float, test_fraction: float
-) -> Iterator[Row]:
-    """A row an image, with its split."""
-    for image, each in zip(listing.images, facts, strict=True):
-        split = assigned_split(
-            each.group,
+def _facts(known: KnownFacts, places: NDArray[np.intp], read: Iterator[Facts]) -> Columns:
+    """The facts of a group of images: where they are known, or as those that are read have them."""
+    is_known = places >= 0
+    found = known.columns(places[is_known])
+    if is_known.all():
+        return found
+    new = facts_to_columns(list(islice(read, int(np.count_nonzero(~is_known)))))
+    return {name: _merged(is_known.tolist(), found[name], new[name]) for name in new}
+
+
+def _merged(is_first: list[bool], first: list[Any], second: list[Any]) -> list[Any]:
+    """The values of two lists in turn, as the flags say."""
+    one, other = iter(first), iter(second)
+    return [next(one) if flag else next(other) for flag in is_first]
+
+
+def _paths_and_splits(
+    listing: Listing, group: slice, groups: list[str], seed: int, val_fraction: float, test_fraction: float
+) -> Columns:
+    """What a group of images has by its places and near-duplicate groups."""
+    images = listing.images[group]
+    splits = [
+        assigned_split(
+            name,
             image.split,
             listing.official_splits,
             seed=seed,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
         )
-        yield Row(image.path, image.label, each, split, official_split=image.split == split)
+        for image, name in zip(images, groups, strict=True)
+    ]
+    return {
+        "path": [image.path for image in images],
+        "label": [image.label for image in images],
+        "split": splits,
+        "official_split": [image.split == split for image, split in zip(images, splits, strict=True)],
+    }
 
 
 def _check(listing: Listing, raw: Path) -> None:
@@ -159,19 +208,24 @@ def _check(listing: Listing, raw: Path) -> None:
         )
 
 
-def _all_facts(
+def _read(
     layout: "Layout",
     store: ImageStore,
-    images: tuple[ImageFile, ...],
+    images: Sequence[ImageFile],
+    places: Sequence[int],
     known: KnownFacts,
     max_pixels: int,
+    stamps: Stamps,
     tally: Tally,
 ) -> Iterator[Facts]:
-    """The facts of every image, in order; saves what it has every half a minute, so that a kill loses little."""
+    """The facts of the images at some places, in order; saves what it has every half a minute: a kill loses little."""
     unsaved: list[Row] = []
     saved_at = time.monotonic()
-    seen = progress(_seen(store, images, known, max_pixels), total=len(images), what="index_images")
-    for image, (facts, is_known) in zip(images, seen, strict=True):
+    unread = [images[place] for place in places]
+    seen = _seen(store, unread, known, max_pixels)
+    bar = progress(seen, total=len(images), what="index_images", done=len(images) - len(places))
+    for place, image, (facts, is_known) in zip(places, unread, bar, strict=True):
+        stamps.read(place, facts.sha256)
         tally.reused += is_known
         unsaved += [] if is_known else [Row(image.path, image.label, facts, "train", False)]
         if len(unsaved) == ROWS_PER_GROUP or (unsaved and time.monotonic() - saved_at > SAVE_INTERVAL_S):
@@ -187,7 +241,7 @@ def _save_part(folder: Path, rows: list[Row]) -> None:
 
 
 def _seen(
-    store: ImageStore, images: tuple[ImageFile, ...], known: KnownFacts, max_pixels: int
+    store: ImageStore, images: Sequence[ImageFile], known: KnownFacts, max_pixels: int
 ) -> Iterator[tuple[Facts, bool]]:
     """Facts of the images in order, on all cores, and whether they were known. Threads: decoding leaves the lock."""
     workers = available_cores()
@@ -198,7 +252,7 @@ def _seen(
 
 
 def _see(
-    store: ImageStore, known: KnownFacts, max_pixels: int, images: tuple[ImageFile, ...]
+    store: ImageStore, known: KnownFacts, max_pixels: int, images: Sequence[ImageFile]
 ) -> list[tuple[Facts, bool]]:
     """Known facts where they still hold under ``max_pixels``, else new ones."""
     looks: list[Look] = []

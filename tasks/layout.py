@@ -51,6 +51,11 @@ class Layout:
         return self.data / "manifest" / ".images.partial"
 
     @property
+    def stamps(self) -> Path:
+        """Which images have not changed since index_images read them; not a DVC output."""
+        return self.data / "manifest" / ".stamps"
+
+    @property
     def accepted(self) -> Path:
         """The rows of the manifest that passed validation; what every later stage reads (validate_data)."""
         return self.data / "manifest" / "accepted.parquet"

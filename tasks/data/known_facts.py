@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.data.manifest import DAMAGE, Facts, one_line, read_groups
+from tasks.data.manifest import DAMAGE, Columns, Facts, one_line, read_groups
 
 logger = logging.getLogger(__name__)
 
@@ -57,23 +57,40 @@ class KnownFacts:
 
     def get(self, sha256: str) -> Facts | None:
         """The facts of an image, or None where it was not seen before, or did not decode."""
+        place = self.places(np.frombuffer(bytes.fromhex(sha256), "V32"))
+        if place[0] < 0:
+            return None
+        return Facts(**{name: values[0] for name, values in self.columns(place).items()})
+
+    def places(self, sha256: NDArray[np.void], *, max_pixels: float = np.inf) -> NDArray[np.intp]:
+        """Where the facts of images are, for `columns`; -1 where there are none.
+
+        Args:
+            sha256: Of the images' bytes, as 32 bytes each.
+            max_pixels: Larger pictures count as not seen.
+        """
         if not len(self):
-            return None
-        digest = bytes.fromhex(sha256)
-        place = int(np.searchsorted(self._keys, np.uint64(int.from_bytes(digest[:8]))))
-        if place == len(self):
-            return None
-        _, found, phash, alone, mode, file_format, *numbers = self._records[place].item()
-        if found != digest:
-            return None
-        return Facts(
-            sha256=sha256,
-            phash=phash.hex(),
-            group=sha256 if alone else phash.hex(),
-            mode=self._texts[mode],
-            format=self._texts[file_format],
-            **dict(zip(NUMBERS, numbers, strict=True)),
-        )
+            return np.full(len(sha256), -1)
+        keys = np.frombuffer(sha256.tobytes(), ">u8")[::4]
+        places = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
+        found = self._records[places]
+        fits = found["width"].astype(np.int64) * found["height"] <= max_pixels
+        return np.where((found["sha256"] == sha256) & fits, places, -1)
+
+    def columns(self, places: NDArray[np.intp]) -> Columns:
+        """The fields of Facts of images that have been seen, a list each."""
+        records = self._records[places]
+        sha256, phash = (_hexadecimal(records[name]) for name in ("sha256", "phash"))
+        return {
+            "sha256": sha256,
+            "phash": phash,
+            "group": [
+                one if alone else other for one, other, alone in zip(sha256, phash, records["alone"], strict=True)
+            ],
+            "error": [None] * len(records),
+            **{name: [self._texts[number] for number in records[name]] for name in TEXTS},
+            **{name: records[name].tolist() for name in NUMBERS},
+        }
 
     def _read(self, path: Path) -> NDArray[np.void]:
         columns = ["sha256", "phash", "group", "error", *TEXTS, *NUMBERS]
@@ -102,3 +119,9 @@ class KnownFacts:
         for name in NUMBERS:
             records[name] = table.column(name).to_numpy()
         return records
+
+
+def _hexadecimal(values: NDArray[np.void]) -> list[str]:
+    """Bytes as hexadecimal digits, a text each."""
+    digits, length = values.tobytes().hex(), 2 * values.itemsize
+    return [digits[start : start + length] for start in range(0, len(digits), length)]

@@ -8,12 +8,14 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from deploy.files import atomic_path
 from tasks.data.splits import Split
@@ -55,6 +57,9 @@ SCHEMA: Final = pa.schema(
     ],
     metadata={VERSION_KEY: str(FACTS_VERSION)},
 )
+
+Columns = dict[str, list[Any]]
+"""Some columns of a manifest, by name."""
 
 # What reading a damaged file can raise, ours and pyarrow's.
 DAMAGE: Final = (OSError, ValueError, TypeError, KeyError, MemoryError, pa.ArrowException)
@@ -120,15 +125,25 @@ def manifest_writer(path: Path) -> Iterator[ManifestWriter]:
 
 def rows_to_table(rows: Sequence[Row]) -> pa.Table:
     """Rows in SCHEMA, in their order."""
-    columns = {
-        "path": [row.path for row in rows],
-        "label": [row.label for row in rows],
-        **{name: [getattr(row.facts, name) for row in rows] for name in Facts.__dataclass_fields__},
-        "split": [row.split for row in rows],
-        "official_split": [row.official_split for row in rows],
-        "class_id": [None] * len(rows),
-    }
-    return pa.Table.from_pydict(columns, schema=SCHEMA)
+    return columns_to_table(
+        {
+            "path": [row.path for row in rows],
+            "label": [row.label for row in rows],
+            **facts_to_columns([row.facts for row in rows]),
+            "split": [row.split for row in rows],
+            "official_split": [row.official_split for row in rows],
+        }
+    )
+
+
+def facts_to_columns(facts: Sequence[Facts]) -> Columns:
+    """The fields of Facts, a list each."""
+    return {name: list(map(attrgetter(name), facts)) for name in Facts.__dataclass_fields__}
+
+
+def columns_to_table(columns: Columns) -> pa.Table:
+    """Columns of SCHEMA but for the class id, which validate_data gives."""
+    return pa.Table.from_pydict({**columns, "class_id": [None] * len(columns["path"])}, schema=SCHEMA)
 
 
 def rows_to_frame(rows: Sequence[Row]) -> "pd.DataFrame":
@@ -210,12 +225,21 @@ def _add_to_digest(digest: "hashlib._Hash", table: pa.Table) -> None:
         column = table.column(field.name).combine_chunks()
         digest.update(column.is_null().to_numpy(zero_copy_only=False).tobytes())
         if pa.types.is_string(field.type):
-            texts = [text.encode() for text in column.fill_null("").to_pylist()]
-            digest.update(np.array([len(text) for text in texts], dtype=np.int64).tobytes())
-            digest.update(b"".join(texts))
+            lengths, texts = _texts(column.fill_null(""))
+            digest.update(lengths.tobytes())
+            digest.update(texts)
         else:
             zero = False if pa.types.is_boolean(field.type) else 0
             digest.update(column.fill_null(zero).to_numpy(zero_copy_only=False).tobytes())
+
+
+def _texts(column: pa.StringArray) -> tuple[NDArray[np.int64], memoryview]:
+    """The lengths of texts as UTF-8, and all of them in one piece, out of Arrow's own memory."""
+    _, offsets, data = column.buffers()
+    ends = np.frombuffer(offsets or b"", np.int32)[column.offset : column.offset + len(column) + 1]
+    return np.diff(ends).astype(np.int64), memoryview(data or b"")[ends[0] : ends[-1]] if len(column) else memoryview(
+        b""
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -1,14 +1,17 @@
 """The manifest: what gets a row, what is never decoded twice, and splits that never move."""
 
 import io
+import os
 import resource
 import shutil
 import struct
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import imagehash
 import numpy as np
@@ -21,10 +24,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deploy.files import atomic_path, sha256_bytes
+from flows.shards import bring_into, edit_images
 from tasks import index_images as stage
-from tasks.data import manifest
+from tasks.data import manifest, stamps
 from tasks.data.facts import image_facts, reduced
 from tasks.data.image_files import ImageFile, Listing
+from tasks.data.image_store import FolderImages, ShardImages, shard_paths
 from tasks.data.known_facts import KnownFacts
 from tasks.data.manifest import (
     SCHEMA,
@@ -37,7 +42,8 @@ from tasks.data.manifest import (
 )
 from tasks.data.perceptual_hash import hashes, lowest_frequencies
 from tasks.data.splits import SPLITS, assigned_split, hashed_split
-from tasks.errors import DataError
+from tasks.data.stamps import RECORD, Stamps
+from tasks.errors import DataError, StoreError
 from tasks.layout import Layout
 from tasks.params import DataParams, IndexImagesParams
 
@@ -369,7 +375,7 @@ def test_what_a_killed_run_left_half_written_goes_and_nothing_else_does(layout: 
     for name in (half.name, ".keep.parquet"):  # the first as a writer names it
         (folder / name).write_bytes(b"PAR1")
     index(layout)
-    assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == {".keep.parquet"}
+    assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == {".keep.parquet", ".stamps"}
 
 
 def test_a_picture_of_30000_by_30000_is_told_by_its_size_and_not_decoded(layout: Layout) -> None:
@@ -484,10 +490,10 @@ def test_rows_cost_the_same_each_however_many_there_are() -> None:
     """Each once looked through the whole set for official splits: 20,000 rows took 17 s."""
     number = 20_000
     images = tuple(ImageFile(f"cat/{place:05d}.png", "cat", None) for place in range(number))
-    facts = [Facts(f"{place:064x}", 1, group=f"{place:016x}") for place in range(number)]
+    groups = [f"{place:016x}" for place in range(number)]
     start = time.process_time()
-    rows = list(stage._rows(Listing(images, (), ()), facts, seed=0, val_fraction=0.2, test_fraction=0.2))
-    assert len(rows) == number
+    columns = stage._paths_and_splits(Listing(images, (), ()), slice(0, number), groups, 0, 0.2, 0.2)
+    assert len(columns["split"]) == number
     assert time.process_time() - start < 5
 
 
@@ -495,12 +501,128 @@ def test_a_killed_run_goes_on_where_it_stopped(layout: Layout, monkeypatch: pyte
     monkeypatch.setattr(stage, "SAVE_INTERVAL_S", 0.0)
     store = stage.open_images(layout.raw)
     images = store.listing().images[:30]
-    for _ in stage._all_facts(layout, store, images, KnownFacts([]), 10**6, stage.Tally()):
+    now = Stamps(layout.stamps, store, images)
+    for _ in stage._read(layout, store, images, range(30), KnownFacts([]), 10**6, now, stage.Tally()):
         pass  # and here the power went
     assert not layout.images.exists()
     assert len(list(layout.images_partial.iterdir())) == 30
     assert index(layout).decoded == 10
     assert not layout.images_partial.exists()
+
+
+# --- what has not changed is not read ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of the images whose files are read from now on; all files count as old enough to be trusted."""
+    paths: list[str] = []
+
+    def noting(read: Callable[[Any, str], bytes]) -> Callable[[Any, str], bytes]:
+        def read_and_note(self: Any, path: str) -> bytes:
+            paths.append(path)
+            return read(self, path)
+
+        return read_and_note
+
+    for store in (FolderImages, ShardImages):
+        monkeypatch.setattr(store, "read_bytes", noting(store.read_bytes))
+    monkeypatch.setattr(stamps, "RECENT_S", 0.0)
+    return paths
+
+
+def read_by_index(layout: Layout, reads: list[str]) -> list[str]:
+    """What the stage reads; its manifest must be the one that it makes of nothing."""
+    reads.clear()
+    index(layout)
+    found, manifest_bytes = sorted(reads), layout.images.read_bytes()
+    fresh = Layout(layout.root / "fresh")
+    fresh.data.mkdir(parents=True, exist_ok=True)
+    if not fresh.raw.exists():
+        fresh.raw.symlink_to(layout.raw)
+    fresh.images.unlink(missing_ok=True)
+    index(fresh)
+    assert fresh.images.read_bytes() == manifest_bytes
+    return found
+
+
+def test_only_what_has_changed_is_read(layout: Layout, reads: list[str]) -> None:
+    assert len(read_by_index(layout, reads)) == 40
+    assert read_by_index(layout, reads) == []
+    put(layout, "cat/new.png", picture(77))
+    put(layout, "cat/01.png", picture(78))
+    (layout.raw / "cat" / "03.png").rename(layout.raw / "dog" / "renamed.png")
+    (layout.raw / "cat" / "05.png").touch()
+    (layout.raw / "cat" / "07.png").unlink()
+    assert read_by_index(layout, reads) == ["cat/01.png", "cat/05.png", "cat/new.png", "dog/renamed.png"]
+    assert read_by_index(layout, reads) == []
+
+
+@pytest.mark.parametrize("how", ["written", "replaced"])
+def test_other_bytes_of_the_same_size_and_time_are_read(layout: Layout, reads: list[str], how: str) -> None:
+    path = layout.raw / "cat" / "01.bmp"
+    put(layout, "cat/01.bmp", picture(101, file_format="BMP"))
+    index(layout)
+    before, other = path.stat(), picture(102, file_format="BMP")
+    assert len(other) == before.st_size
+    written = path if how == "written" else path.with_name("other.bmp")
+    written.write_bytes(other)
+    os.utime(written, ns=(before.st_atime_ns, before.st_mtime_ns))
+    written.rename(path)
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert read_by_index(layout, reads) == ["cat/01.bmp"]
+    assert sha256_bytes(other) in splits_by_content(layout)
+
+
+def test_what_was_changed_a_moment_ago_is_not_trusted_yet(layout: Layout) -> None:
+    index(layout)
+    empty = layout.stamps.stat().st_size
+    time.sleep(stamps.RECENT_S + 0.1)
+    put(layout, "cat/new.png", picture(77))
+    index(layout)
+    assert layout.stamps.stat().st_size - empty == 40 * RECORD.itemsize
+
+
+def test_what_does_not_decode_is_read_again(layout: Layout, reads: list[str]) -> None:
+    put(layout, "cat/torn.png", picture(99)[:40])
+    index(layout)
+    assert read_by_index(layout, reads) == ["cat/torn.png"]
+
+
+def test_a_lost_manifest_is_made_again_from_the_images(layout: Layout, reads: list[str]) -> None:
+    index(layout)
+    layout.images.unlink()
+    assert index(layout).decoded == 40
+    assert len(read_by_index(layout, reads)) == 0
+
+
+def test_damaged_stamps_are_told_and_everything_is_read(
+    layout: Layout, reads: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    index(layout)
+    whole = layout.stamps.read_bytes()
+    flips = [flipped(whole, position) for position in range(0, len(whole), len(whole) // 50)]
+    for damaged in (b"", b"no stamps", whole[:-48], whole + bytes(48), *flips):
+        layout.stamps.write_bytes(damaged)
+        caplog.clear()
+        assert len(read_by_index(layout, reads)) == 40
+        assert ".stamps is damaged" in caplog.text
+    assert layout.stamps.read_bytes() == whole
+    assert read_by_index(layout, reads) == []
+
+
+def test_unchanged_shards_are_not_read_and_a_changed_one_is_checked(layout: Layout, reads: list[str]) -> None:
+    bring_into(layout.raw, "shards", shard_bytes=20_000)
+    index(layout)
+    assert read_by_index(layout, reads) == []
+    edit_images(layout.raw, {"cat/01.png": "dog/00.png", "dog/00.png": "cat/01.png"})
+    assert read_by_index(layout, reads) == ["cat/01.png", "dog/00.png"]
+    shard = shard_paths(layout.raw)[0]
+    status = shard.stat()
+    shard.write_bytes(flipped(shard.read_bytes(), 600))
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(StoreError, match=r"^1 damaged shard\(s\): \S*shard-000000"):
+        index(layout)
 
 
 # --- manifest ---------------------------------------------------------------------------------------------------------
