@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from deploy.files import atomic_path
 
 PREFIX = "captured-"
+NUM_KEYS = 4
+KEY_STEPS = 2**14
 NAME = re.compile(rf"{PREFIX}(\d{{8}}T\d{{6}})-\d+\.parquet")
 
 logger = logging.getLogger(__name__)
@@ -124,7 +126,9 @@ def read_captured(
 ) -> Captured:
     """A random sample of what a bundle answered, in the order of time.
 
-    A file that cannot be read is left out and told of.
+    A picture that was sent again and again, such as a probe's, stands among the rest but a few times, however often it
+    was sent: else a sample of seldom-asked pictures would be of it alone. A file that cannot be read is left out and
+    told of.
 
     Args:
         directory: Where the server put it.
@@ -134,10 +138,10 @@ def read_captured(
         seed: Another one, another sample.
         only_with_pictures: Answers whose picture was not kept are left out.
     """
-    places, num_others = _places(directory, bundle=bundle, since=since, with_pictures=only_with_pictures)
-    chosen = np.arange(len(places))
-    if len(places) > limit:
-        chosen = np.sort(np.random.default_rng(seed).choice(len(places), limit, replace=False))
+    places, keys, num_others = _places(directory, bundle=bundle, since=since, with_pictures=only_with_pictures)
+    chosen = np.sort(np.unique(keys, axis=0, return_index=True)[1])
+    if len(chosen) > limit:
+        chosen = np.sort(np.random.default_rng(seed).choice(chosen, limit, replace=False))
     columns = ["time", "request_id", "label", "probabilities", "embedding", "picture", "thumbnail"]
     rows = _rows([places[index] for index in chosen], columns)
     return Captured(
@@ -155,19 +159,20 @@ def read_captured(
 
 def _places(
     directory: Path, *, bundle: str, since: datetime, with_pictures: bool
-) -> tuple[list[tuple[Path, int]], int]:
-    """File and row of each answer of a bundle, and how many answers others gave."""
+) -> tuple[list[tuple[Path, int]], NDArray[np.int64], int]:
+    """File and row of each answer of a bundle, its keys, and how many answers others gave."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     places: list[tuple[Path, int]] = []
+    keys = [np.empty((0, NUM_KEYS), np.int64)]
     num_others = 0
     for written, path in captured_files(directory):
         if written < since.replace(microsecond=0):
             continue  # all of its rows are older still
         try:
-            table = pq.read_table(path, columns=["time", "bundle", *(["picture"] * with_pictures)])
+            table = pq.read_table(path, columns=["time", "bundle", "embedding", *(["picture"] * with_pictures)])
         except (OSError, pa.ArrowException) as error:
             logger.warning("%s cannot be read and is left out: %s", path, error)
             continue
@@ -177,8 +182,27 @@ def _places(
         is_wanted = is_recent & is_ours
         if with_pictures:
             is_wanted &= pc.is_valid(table["picture"]).to_numpy()
-        places += [(path, int(row)) for row in np.flatnonzero(is_wanted)]
-    return places, num_others
+        wanted = np.flatnonzero(is_wanted)
+        if len(wanted):
+            places += [(path, int(row)) for row in wanted]
+            embeddings = table["embedding"].combine_chunks().take(wanted).flatten().to_numpy()
+            keys.append(_keys(embeddings.reshape(len(wanted), -1)))
+    return places, np.concatenate(keys), num_others
+
+
+def _keys(embeddings: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Numbers by which answers can be told apart, of shape (N, NUM_KEYS).
+
+    Those of one picture are mostly the same: the last digits of an embedding hang on the batch that it was made in.
+
+    Args:
+        embeddings: Of shape (N, D).
+    """
+    directions = np.random.default_rng(0).normal(size=(embeddings.shape[1], NUM_KEYS))
+    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    cosines = embeddings.astype(np.float64) @ (directions / np.linalg.norm(directions, axis=0))
+    keys: NDArray[np.int64] = np.rint(cosines / np.where(lengths > 0, lengths, 1.0) * KEY_STEPS).astype(np.int64)
+    return keys
 
 
 def _rows(places: Sequence[tuple[Path, int]], columns: list[str]) -> list[dict[str, Any]]:

@@ -97,7 +97,7 @@ def test_pictures_are_kept_as_asked(model: LiveModel, tmp_path: Path) -> None:
     pixels = colour_image(LABELS[1])
     for pictures in ("originals", "thumbnails"):
         capture = start_capture(tmp_path / pictures, Counter(), pictures=pictures, max_bytes=10**8)
-        capture.offer(model, [photo, pixels, b"no picture"], [answer(0), answer(1), ImageError("no")], "r")
+        capture.offer(model, [photo, pixels, b"no picture"], [another_answer(0), another_answer(1), ImageError("no")], "r")
         capture.close()
     sent, drawn = read(tmp_path / "originals", model, only_with_pictures=True).pictures
     assert sent == photo
@@ -133,7 +133,7 @@ def test_pictures_that_wait_are_bounded(model: LiveModel, tmp_path: Path, monkey
 def test_a_sample_of_one_bundle_is_read_and_a_broken_file_left_out(model: LiveModel, tmp_path: Path) -> None:
     capture = start_capture(tmp_path, Counter())
     for number in range(50):
-        capture.offer(model, [b""], [answer(number % 3)], str(number))
+        capture.offer(model, [b""], [another_answer(number)], str(number))
     capture.close()
     (tmp_path / "captured-20990101T000000-000001.parquet").write_bytes(b"PAR1 no more")
     found = read(tmp_path, model, limit=20)
@@ -143,6 +143,27 @@ def test_a_sample_of_one_bundle_is_read_and_a_broken_file_left_out(model: LiveMo
     assert found.request_ids == read(tmp_path, model, limit=20).request_ids
     assert read(tmp_path, model, bundle="another").num_others == 50
     assert read(tmp_path, model, since=datetime.now(UTC) + timedelta(hours=1)).num_found == 0
+
+
+def another_answer(number: int) -> Answer:
+    """As of a picture of its own."""
+    return Answer(answer(number % 3).probabilities, np.random.default_rng(number).random(3, np.float32))
+
+
+def test_a_picture_that_is_sent_all_the_time_leaves_room_for_the_others(model: LiveModel, tmp_path: Path) -> None:
+    capture = start_capture(tmp_path, Counter(), max_bytes=10**8)
+    rng = np.random.default_rng(3000)
+    probe = rng.random(3, np.float32)
+    for number in range(3000):
+        last_digits = rng.normal(1, 3e-7, 3).astype(np.float32)  # as of another batch
+        is_probe = number % 30
+        given = Answer(answer(0).probabilities, probe * last_digits) if is_probe else another_answer(number)
+        capture.offer(model, [b""], [given], "probe" if is_probe else str(number))
+    capture.close()
+    found = read(tmp_path, model, limit=200)
+    assert found.num_found == 3000
+    assert {name for name in found.request_ids if name != "probe"} == {str(number) for number in range(0, 3000, 30)}
+    assert 1 <= found.request_ids.count("probe") < 20
 
 
 def read(folder: Path, model: LiveModel, **more: Any) -> Captured:
