@@ -33,6 +33,7 @@ def open_session(model: Path | bytes, *, threads: int = 1) -> ort.InferenceSessi
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.enable_mem_pattern = False  # else a plan of memory is kept for each size of batch; it saves no time
     options.log_severity_level = 3
     source = model if isinstance(model, bytes) else str(model)
     try:

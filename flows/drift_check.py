@@ -150,11 +150,18 @@ def read_reference(layout: Layout, bundle: Bundle, params: DriftParams, *, seed:
     images = read_manifest(layout.accepted)
     test = images[images["split"] == "test"].reset_index(drop=True)
     test = test.iloc[robustness_subset(test["sha256"], size=params.reference_images, seed=seed)]
+    store = open_images(layout.raw)
+    is_there = [store.file(path).is_file() for path in test["path"]]
+    if not any(is_there):
+        raise DataError(f"None of the test images lies in {layout.raw} any more. Run `tanuki retrain`.")
+    if not all(is_there):
+        moved = len(test) - sum(is_there)
+        logger.warning("%d test images were relabelled or removed since the last retrain: compared without them", moved)
+        test = test[is_there]
     hashes = test["sha256"].astype(str).tolist()
     key = sha256_bytes("\n".join([bundle.digest, *sorted(hashes)]).encode())
     kept = layout.drift_dir / f"reference-{key[:16]}.npz"
     if not kept.is_file():
-        store = open_images(layout.raw)
         logger.info("the champion answers %d test images", len(test))
         with Predictor(bundle) as predictor:
             found = predictor.score_files([store.file(path) for path in test["path"]])

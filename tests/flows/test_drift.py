@@ -131,6 +131,24 @@ def test_another_versions_answers_are_left_out(layout: Layout, usual: Path) -> N
         Registry(layout.registry_dir).rollback("a test")
 
 
+def test_images_that_were_relabelled_since_the_retrain_are_left_out(
+    layout: Layout, usual: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved = layout.raw.rename(layout.root / "elsewhere")
+    try:
+        with pytest.raises(DataError, match=r"None of the test images .* Run `tanuki retrain`"):
+            look_for_drift(layout, usual)
+        shutil.copytree(moved, layout.raw)
+        for number in range(6):
+            (layout.raw / LABELS[number % 3] / f"{number}.png").rename(layout.raw / LABELS[0] / f"again-{number}.png")
+        report = look_for_drift(layout, usual)
+        assert (report.outcome, report.num_reference) == ("none", NUM_TEST - 6)
+        assert "6 test images were relabelled or removed" in caplog.text
+    finally:
+        shutil.rmtree(layout.raw, ignore_errors=True)
+        moved.rename(layout.raw)
+
+
 def test_without_captures_the_command_says_what_to_do(layout: Layout, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--capture-dir"):
         look_for_drift(layout, tmp_path / "nowhere")

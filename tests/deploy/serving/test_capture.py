@@ -97,7 +97,9 @@ def test_pictures_are_kept_as_asked(model: LiveModel, tmp_path: Path) -> None:
     pixels = colour_image(LABELS[1])
     for pictures in ("originals", "thumbnails"):
         capture = start_capture(tmp_path / pictures, Counter(), pictures=pictures, max_bytes=10**8)
-        capture.offer(model, [photo, pixels, b"no picture"], [another_answer(0), another_answer(1), ImageError("no")], "r")
+        capture.offer(
+            model, [photo, pixels, b"no picture"], [another_answer(0), another_answer(1), ImageError("no")], "r"
+        )
         capture.close()
     sent, drawn = read(tmp_path / "originals", model, only_with_pictures=True).pictures
     assert sent == photo
