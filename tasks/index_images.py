@@ -133,6 +133,7 @@ def run(layout: "Layout", *, seed: int, data: "DataParams", index_images: "Index
             columns |= _paths_and_splits(listing, group, columns["group"], seed, *fractions)
             tally.count(columns)
             manifest.write(columns_to_table(columns))
+        next(facts, None)  # there is none left, and the bar is drawn to its end
     stamps.save()
     shutil.rmtree(layout.images_partial, ignore_errors=True)
     num_images = len(listing.images)

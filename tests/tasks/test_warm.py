@@ -117,7 +117,9 @@ def test_without_a_warm_process_it_runs_here(host: Host) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_what_ends_who_asked_ends_the_fork(host: Host, how: signal.Signals) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and an asker would heed that
     asker = host.ask("last")
+    signal.signal(signal.SIGHUP, before)
     pid = int(asker.stdout.readline())  # type: ignore[union-attr]
     asker.send_signal(how)
     asker.communicate(timeout=60)
