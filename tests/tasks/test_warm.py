@@ -51,7 +51,15 @@ class Host:
 
 
 @pytest.fixture
-def host(repository: Path, tmp_path: Path) -> Iterator[Host]:
+def hang_up() -> Iterator[None]:
+    """SIGHUP ends processes that start now, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def host(repository: Path, tmp_path: Path, hang_up: None) -> Iterator[Host]:
     (tmp_path / "tell.py").write_text(TELL)
     (tmp_path / "last.py").write_text(LAST)
     environment = {**os.environ, "PYTHONPATH": str(repository), "WORD": "grüße", warm.ADDRESS: str(tmp_path / "door")}
@@ -117,9 +125,7 @@ def test_without_a_warm_process_it_runs_here(host: Host) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_what_ends_who_asked_ends_the_fork(host: Host, how: signal.Signals) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and an asker would heed that
     asker = host.ask("last")
-    signal.signal(signal.SIGHUP, before)
     pid = int(asker.stdout.readline())  # type: ignore[union-attr]
     asker.send_signal(how)
     asker.communicate(timeout=60)
