@@ -22,7 +22,7 @@ from deploy.files import atomic_path
 
 PREFIX = "captured-"
 NUM_KEYS = 4
-KEY_STEPS = 2**14
+KEY_STEPS = 2**14  # of a cosine: far wider than what a batch changes in it, far finer than what two pictures differ by
 NAME = re.compile(rf"{PREFIX}(\d{{8}}T\d{{6}})-\d+\.parquet")
 
 logger = logging.getLogger(__name__)

@@ -260,11 +260,8 @@ def _see(
     for image in images:
         data = store.read_bytes(image.path)
         sha256 = sha256_bytes(data)
-        facts = known.get(sha256)
-        if facts is not None and facts.width * facts.height <= max_pixels:
-            looks.append(Look(facts, None, is_known=True))
-        else:
-            looks.append(look_at(data, sha256, max_pixels=max_pixels))
+        facts = known.get(sha256, max_pixels=max_pixels)
+        looks.append(Look(facts, None, is_known=True) if facts else look_at(data, sha256, max_pixels=max_pixels))
     return list(zip(with_hashes(looks), (look.is_known for look in looks), strict=True))
 
 

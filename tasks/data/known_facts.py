@@ -55,9 +55,9 @@ class KnownFacts:
     def __len__(self) -> int:
         return len(self._records)
 
-    def get(self, sha256: str) -> Facts | None:
-        """The facts of an image, or None where it was not seen before, or did not decode."""
-        place = self.places(np.frombuffer(bytes.fromhex(sha256), "V32"))
+    def get(self, sha256: str, *, max_pixels: float = np.inf) -> Facts | None:
+        """The facts of an image, or None where it was not seen before, did not decode or is larger."""
+        place = self.places(np.frombuffer(bytes.fromhex(sha256), "V32"), max_pixels=max_pixels)
         if place[0] < 0:
             return None
         return Facts(**{name: values[0] for name, values in self.columns(place).items()})

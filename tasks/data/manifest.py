@@ -235,11 +235,11 @@ def _add_to_digest(digest: "hashlib._Hash", table: pa.Table) -> None:
 
 def _texts(column: pa.StringArray) -> tuple[NDArray[np.int64], memoryview]:
     """The lengths of texts as UTF-8, and all of them in one piece, out of Arrow's own memory."""
+    if not len(column):
+        return np.empty(0, np.int64), memoryview(b"")
     _, offsets, data = column.buffers()
-    ends = np.frombuffer(offsets or b"", np.int32)[column.offset : column.offset + len(column) + 1]
-    return np.diff(ends).astype(np.int64), memoryview(data or b"")[ends[0] : ends[-1]] if len(column) else memoryview(
-        b""
-    )
+    ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+    return np.diff(ends).astype(np.int64), memoryview(data or b"")[ends[0] : ends[-1]]
 
 
 def one_line(error: BaseException) -> str:

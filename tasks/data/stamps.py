@@ -11,14 +11,14 @@ import struct
 import time
 from array import array
 from collections.abc import Sequence
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.files import write_bytes
+from deploy.files import sha256_bytes, write_bytes
 from tasks.data.image_files import ImageFile
 from tasks.data.image_store import ImageStore
 
@@ -28,7 +28,7 @@ RECENT_S = 2.0
 """A file that was changed so shortly before may change again within a tick of its clock (2 s on FAT; git's "racy")."""
 
 RECORD: Final = np.dtype([("stamp", "u8"), ("check", "u8"), ("sha256", "V32")])
-FORMAT: Final = b"tanuki stamps 1"
+FORMAT: Final = b"tanuki stamps 2"
 STATUS: Final = struct.Struct("=QQqqqq")
 
 
@@ -81,7 +81,7 @@ def _stamp(path: str, status: os.stat_result, offset: int) -> bytes:
 
 
 def _digest(data: bytes) -> bytes:
-    return sha256(FORMAT + data).digest()
+    return sha256_bytes(FORMAT + data).encode()
 
 
 def _read(path: Path) -> NDArray[np.void]:

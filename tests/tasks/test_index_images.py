@@ -5,9 +5,10 @@ import os
 import resource
 import shutil
 import struct
+import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from tasks import index_images as stage
 from tasks.data import manifest, stamps
 from tasks.data.facts import image_facts, reduced
 from tasks.data.image_files import ImageFile, Listing
-from tasks.data.image_store import FolderImages, ShardImages, shard_paths
+from tasks.data.image_store import ShardImages, shard_paths
 from tasks.data.known_facts import KnownFacts
 from tasks.data.manifest import (
     SCHEMA,
@@ -42,7 +43,7 @@ from tasks.data.manifest import (
 )
 from tasks.data.perceptual_hash import hashes, lowest_frequencies
 from tasks.data.splits import SPLITS, assigned_split, hashed_split
-from tasks.data.stamps import RECORD, Stamps
+from tasks.data.stamps import Stamps
 from tasks.errors import DataError, StoreError
 from tasks.layout import Layout
 from tasks.params import DataParams, IndexImagesParams
@@ -513,56 +514,70 @@ def test_a_killed_run_goes_on_where_it_stopped(layout: Layout, monkeypatch: pyte
 # --- what has not changed is not read ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths of the images whose files are read from now on; all files count as old enough to be trusted."""
-    paths: list[str] = []
+class Opened:
+    """The files that this process opens, as Python's own audit events tell; a hook cannot be taken off again."""
 
-    def noting(read: Callable[[Any, str], bytes]) -> Callable[[Any, str], bytes]:
-        def read_and_note(self: Any, path: str) -> bytes:
-            paths.append(path)
-            return read(self, path)
+    def __init__(self) -> None:
+        self.paths: list[str] | None = None
+        sys.addaudithook(self._note)
 
-        return read_and_note
-
-    for store in (FolderImages, ShardImages):
-        monkeypatch.setattr(store, "read_bytes", noting(store.read_bytes))
-    monkeypatch.setattr(stamps, "RECENT_S", 0.0)
-    return paths
+    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.paths is not None and event == "open":
+            self.paths.append(str(arguments[0]))
 
 
-def read_by_index(layout: Layout, reads: list[str]) -> list[str]:
-    """What the stage reads; its manifest must be the one that it makes of nothing."""
-    reads.clear()
-    index(layout)
-    found, manifest_bytes = sorted(reads), layout.images.read_bytes()
+opened = Opened()
+
+
+def settle() -> None:
+    """Waits until no file was changed a moment ago."""
+    time.sleep(stamps.RECENT_S + 0.1)
+
+
+def opened_by_index(layout: Layout) -> Counter[str]:
+    """How often the stage opens each file of data/raw; its manifest must be the one that it makes of nothing."""
+    data = DataParams(layout=stage.open_images(layout.raw).layout, shard_mb=1)
+    opened.paths = []
+    try:
+        stage.run(layout, seed=0, data=data, index_images=PARAMS)
+    finally:
+        paths, opened.paths = opened.paths, None
+    written, raw = layout.images.read_bytes(), f"{layout.raw}/"
     fresh = Layout(layout.root / "fresh")
     fresh.data.mkdir(parents=True, exist_ok=True)
     if not fresh.raw.exists():
         fresh.raw.symlink_to(layout.raw)
     fresh.images.unlink(missing_ok=True)
     index(fresh)
-    assert fresh.images.read_bytes() == manifest_bytes
-    return found
+    assert fresh.images.read_bytes() == written
+    return Counter(path.removeprefix(raw) for path in paths if path.startswith(raw))
 
 
-def test_only_what_has_changed_is_read(layout: Layout, reads: list[str]) -> None:
-    assert len(read_by_index(layout, reads)) == 40
-    assert read_by_index(layout, reads) == []
+def read_by_index(layout: Layout) -> list[str]:
+    return sorted(opened_by_index(layout))
+
+
+def test_only_what_has_changed_is_read(layout: Layout) -> None:
+    settle()
+    assert len(read_by_index(layout)) == 40
+    assert read_by_index(layout) == []
     put(layout, "cat/new.png", picture(77))
     put(layout, "cat/01.png", picture(78))
     (layout.raw / "cat" / "03.png").rename(layout.raw / "dog" / "renamed.png")
     (layout.raw / "cat" / "05.png").touch()
     (layout.raw / "cat" / "07.png").unlink()
-    assert read_by_index(layout, reads) == ["cat/01.png", "cat/05.png", "cat/new.png", "dog/renamed.png"]
-    assert read_by_index(layout, reads) == []
+    settle()
+    assert read_by_index(layout) == ["cat/01.png", "cat/05.png", "cat/new.png", "dog/renamed.png"]
+    assert read_by_index(layout) == []
 
 
 @pytest.mark.parametrize("how", ["written", "replaced"])
-def test_other_bytes_of_the_same_size_and_time_are_read(layout: Layout, reads: list[str], how: str) -> None:
+def test_other_bytes_of_the_same_size_and_time_are_read(layout: Layout, how: str) -> None:
     path = layout.raw / "cat" / "01.bmp"
     put(layout, "cat/01.bmp", picture(101, file_format="BMP"))
+    settle()
     index(layout)
+    assert read_by_index(layout) == []
     before, other = path.stat(), picture(102, file_format="BMP")
     assert len(other) == before.st_size
     written = path if how == "written" else path.with_name("other.bmp")
@@ -570,53 +585,63 @@ def test_other_bytes_of_the_same_size_and_time_are_read(layout: Layout, reads: l
     os.utime(written, ns=(before.st_atime_ns, before.st_mtime_ns))
     written.rename(path)
     assert path.stat().st_mtime_ns == before.st_mtime_ns
-    assert read_by_index(layout, reads) == ["cat/01.bmp"]
+    assert read_by_index(layout) == ["cat/01.bmp"]
     assert sha256_bytes(other) in splits_by_content(layout)
 
 
 def test_what_was_changed_a_moment_ago_is_not_trusted_yet(layout: Layout) -> None:
-    index(layout)
-    empty = layout.stamps.stat().st_size
-    time.sleep(stamps.RECENT_S + 0.1)
+    settle()
     put(layout, "cat/new.png", picture(77))
-    index(layout)
-    assert layout.stamps.stat().st_size - empty == 40 * RECORD.itemsize
+    assert len(read_by_index(layout)) == 41
+    assert read_by_index(layout) == ["cat/new.png"]
+    settle()
+    assert read_by_index(layout) == ["cat/new.png"]
+    assert read_by_index(layout) == []
 
 
-def test_what_does_not_decode_is_read_again(layout: Layout, reads: list[str]) -> None:
+def test_what_does_not_decode_is_read_again(layout: Layout) -> None:
     put(layout, "cat/torn.png", picture(99)[:40])
+    settle()
     index(layout)
-    assert read_by_index(layout, reads) == ["cat/torn.png"]
+    assert read_by_index(layout) == ["cat/torn.png"]
 
 
-def test_a_lost_manifest_is_made_again_from_the_images(layout: Layout, reads: list[str]) -> None:
+def test_a_lost_manifest_is_made_again_from_the_images(layout: Layout) -> None:
+    settle()
     index(layout)
+    assert read_by_index(layout) == []
     layout.images.unlink()
-    assert index(layout).decoded == 40
-    assert len(read_by_index(layout, reads)) == 0
+    assert len(read_by_index(layout)) == 40
+    assert read_by_index(layout) == []
 
 
-def test_damaged_stamps_are_told_and_everything_is_read(
-    layout: Layout, reads: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_stamps_are_told_and_everything_is_read(layout: Layout, caplog: pytest.LogCaptureFixture) -> None:
+    settle()
     index(layout)
     whole = layout.stamps.read_bytes()
     flips = [flipped(whole, position) for position in range(0, len(whole), len(whole) // 50)]
     for damaged in (b"", b"no stamps", whole[:-48], whole + bytes(48), *flips):
         layout.stamps.write_bytes(damaged)
         caplog.clear()
-        assert len(read_by_index(layout, reads)) == 40
+        assert len(read_by_index(layout)) == 40
         assert ".stamps is damaged" in caplog.text
     assert layout.stamps.read_bytes() == whole
-    assert read_by_index(layout, reads) == []
+    assert read_by_index(layout) == []
 
 
-def test_unchanged_shards_are_not_read_and_a_changed_one_is_checked(layout: Layout, reads: list[str]) -> None:
+def test_of_unchanged_shards_only_the_headers_are_read_and_a_changed_one_is_checked(layout: Layout) -> None:
     bring_into(layout.raw, "shards", shard_bytes=20_000)
-    index(layout)
-    assert read_by_index(layout, reads) == []
+    images = stage.open_images(layout.raw)
+    assert isinstance(images, ShardImages)
+    holding = {images.images[path].shard.path.name for path in ("cat/01.png", "dog/00.png")}
+    settle()
+    shards = {shard.name for shard in shard_paths(layout.raw)}
+    first, second = opened_by_index(layout), opened_by_index(layout)
+    assert {name for name, count in first.items() if count > 1} == shards > holding
+    assert second == dict.fromkeys((*shards, "edits.jsonl"), 1)
     edit_images(layout.raw, {"cat/01.png": "dog/00.png", "dog/00.png": "cat/01.png"})
-    assert read_by_index(layout, reads) == ["cat/01.png", "dog/00.png"]
+    counts = opened_by_index(layout)
+    assert {name for name, count in counts.items() if count > 1} == holding
     shard = shard_paths(layout.raw)[0]
     status = shard.stat()
     shard.write_bytes(flipped(shard.read_bytes(), 600))
