@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import pwd
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -117,13 +120,31 @@ def test_an_object_store_can_be_an_inbox(tmp_path: Path) -> None:
     assert not steps.look("memory://drop/in", settle_s=60).settled.images
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may remove anything")
-def test_an_inbox_that_does_not_let_go_is_told(tmp_path: Path, inbox: Path) -> None:
-    waiting = steps.look(str(inbox), settle_s=0)
-    added = add(waiting, tmp_path / "raw")
-    (inbox / "cat").chmod(0o555)
-    with pytest.raises(DataError, match="cannot be removed from the inbox"):
-        steps.empty(waiting, added)
+@contextmanager
+def without_roots_rights() -> Iterator[None]:
+    """Root may remove anything; nobody else may."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(pwd.getpwnam("nobody").pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_an_inbox_that_does_not_let_go_is_told(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # where others may look, as pytest's own folders are not
+        inbox = put(Path(folder) / "inbox", DROPPED)
+        waiting = steps.look(str(inbox), settle_s=0)
+        added = add(waiting, tmp_path / "raw")
+        before = tree(inbox)
+        (inbox / "cat").chmod(0o555)
+        with without_roots_rights(), pytest.raises(DataError, match="cannot be removed from the inbox"):
+            steps.empty(waiting, added)
+        assert {path for path in before if path.startswith("cat/")} <= set(tree(inbox))
+        (inbox / "cat").chmod(0o755)
+        assert steps.empty(waiting, added) > 0
 
 
 # --- a remote, and git ------------------------------------------------------------------------------------------------
