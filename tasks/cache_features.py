@@ -9,10 +9,11 @@ resized and others are in the trunk. No torch, except on a GPU.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -20,14 +21,14 @@ import onnx
 from numpy.typing import NDArray
 
 from deploy.errors import ImageError
-from deploy.files import Readable, sha256_bytes, sha256_file
+from deploy.files import sha256_bytes, sha256_file
 from deploy.images import decode_image
 from deploy.machine import available_cores
 from deploy.runtime import open_session
 from tasks.data.feature_store import FeatureStore, Key, Part, Space, adding, not_storable, writing
 from tasks.data.features import feature_space, read_engine, write_engine
 from tasks.data.image_store import ImageStore, open_images
-from tasks.data.manifest import read_manifest
+from tasks.data.manifest import read_columns
 from tasks.data.views import CENTRE, apply_view, is_crop, training_views
 from tasks.errors import BackboneError, DataError, StoreError
 from tasks.export.preprocessing import preprocessing_graph
@@ -38,7 +39,6 @@ from tasks.progress import progress
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-    import pandas as pd
 
     from tasks.layout import Layout
     from tasks.models.backbone_card import BackboneCard
@@ -67,11 +67,11 @@ class CacheFeaturesReport:
     engine_reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Work:
-    """One picture and the views of it to compute."""
+    """One picture, by its path in data/raw, and the views of it to compute."""
 
-    path: Readable
+    path: str
     sha256: str
     views: tuple[str, ...]
 
@@ -88,8 +88,9 @@ class Extracted:
 
 @dataclass(frozen=True)
 class Extractor:
-    """The frozen backbone behind its preprocessing, safe to call from several threads."""
+    """Pictures to features: the frozen backbone behind its preprocessing, safe to call from several threads."""
 
+    images: ImageStore
     preprocess: ort.InferenceSession
     preprocess_crop: ort.InferenceSession
     engine: TrunkEngine
@@ -104,9 +105,9 @@ class Extractor:
         unusable: list[str] = []
         for work in batch:
             try:
-                image = _decode(work)
+                image = self._decode(work)
             except (OSError, ImageError, DataError) as error:
-                unusable.append(f"{work.path} ({error})")
+                unusable.append(f"{self.place(work)} ({error})")
                 continue
             keys += [Key(work.sha256, view) for view in work.views]
             pixels += [self._pixels(image, view, work.sha256) for view in work.views]
@@ -114,14 +115,25 @@ class Extractor:
             return Extracted([], np.empty((0, self.feature_dim), np.float32), unusable, [])
         features = self.engine.forward(np.concatenate(pixels))  # (n, D)
         bad = set(not_storable(features))
-        paths = {work.sha256: work.path for work in batch}
+        works = {work.sha256: work for work in batch}
         good = [row for row in range(len(keys)) if row not in bad]
         return Extracted(
             [keys[row] for row in good],
             features[good],
             unusable,
-            [f"{paths[keys[row].image_sha256]} (view {keys[row].view})" for row in sorted(bad)],
+            [f"{self.place(works[keys[row].image_sha256])} (view {keys[row].view})" for row in sorted(bad)],
         )
+
+    def place(self, work: Work) -> str:
+        """Where the picture lies, in a person's words."""
+        return str(self.images.file(work.path))
+
+    def _decode(self, work: Work) -> NDArray[np.uint8]:
+        """The picture (H, W, 3), if its bytes are still those that were indexed."""
+        data = self.images.read_bytes(work.path)
+        if sha256_bytes(data) != work.sha256:
+            raise DataError("changed since it was indexed")
+        return decode_image(data, max_pixels=sys.maxsize)  # index_images has judged the size of these bytes
 
     def _pixels(self, image: NDArray[np.uint8], view: str, key: str) -> NDArray[np.float32]:
         """(1, 3, S, S) normalised, of one view."""
@@ -151,7 +163,7 @@ def run(layout: Layout, *, features: FeaturesParams, augment: AugmentParams) -> 
         StoreError: If features are not finite in float16, or another process writes the store.
     """
     job = _job(layout, features, augment, place=0)
-    _refuse_missing(job.wanted)
+    _refuse_missing(job.wanted, job.extractor)
     with writing(layout.features_dir, job.space) as store:
         rechecked = _recheck_choice(store, job.wanted, features.recheck)
         stale = _recheck(store, rechecked, job.extractor)
@@ -185,7 +197,7 @@ def run_part(layout: Layout, part: Part, *, features: FeaturesParams, augment: A
     """
     job = _job(layout, features, augment, place=part.index - 1)
     mine = [work for work in job.wanted if work.sha256 in part]
-    _refuse_missing(mine)
+    _refuse_missing(mine, job.extractor)
     with adding(layout.features_dir, job.space, part) as store:
         extracted = _extract(store, _missing(store, mine), job.extractor, features.batch_size)
     logger.info("part %d of %d: %d images, %d features extracted", part.index, part.count, len(mine), extracted)
@@ -196,32 +208,37 @@ def _job(layout: Layout, features: FeaturesParams, augment: AugmentParams, *, pl
     """Reads what there is to do and opens the backbone."""
     read_engine(layout.features_dir)  # a store of another format is left alone
     card = read_card(layout.backbone_card)
-    images = read_manifest(layout.accepted)
+    columns = read_columns(layout.accepted, ("path", "sha256", "split"))
     views = training_views(
         features.views,
-        num_train=int((images["split"] == "train").sum()),
+        num_train=columns["split"].count("train"),
         min_area_fraction=augment.min_area_fraction,
         hflip=augment.hflip,
     )
-    wanted = _wanted(images, open_images(layout.raw), views)
+    wanted = _wanted(zip(columns["path"], columns["sha256"], columns["split"], strict=True), views)
     extractor = _open_extractor(layout, card, features.engine, augment, place)
     logger.info("the trunk runs on %s: %s", extractor.engine.name, extractor.engine.reason)
     return Job(wanted, views, feature_space(card, extractor.engine.name), extractor)
 
 
-def _wanted(images: pd.DataFrame, store: ImageStore, views: tuple[str, ...]) -> list[Work]:
-    """Each distinct picture and its views, in the order of content: the order of the shards hangs on no file name."""
+def _wanted(images: Iterable[tuple[str, str, str]], views: tuple[str, ...]) -> list[Work]:
+    """Each distinct picture and its views, in the order of content: the order of the shards hangs on no file name.
+
+    Args:
+        images: Path, sha256 and split of each.
+        views: Of pictures to train on; all others are only seen as they will be served.
+    """
     work: dict[str, Work] = {}
-    for path, sha, split in images[["path", "sha256", "split"]].astype(str).to_numpy().tolist():
+    for path, sha, split in sorted(images):
         mine = views if split == "train" else (CENTRE,)
         if sha not in work or len(mine) > len(work[sha].views):
-            work[sha] = Work(store.file(path), sha, mine)
+            work[sha] = Work(path, sha, mine)
     return [work[sha] for sha in sorted(work)]
 
 
-def _refuse_missing(wanted: Sequence[Work]) -> None:
+def _refuse_missing(wanted: Iterable[Work], extractor: Extractor) -> None:
     """Raises DataError naming all images whose file is gone."""
-    if gone := [str(work.path) for work in wanted if not work.path.is_file()]:
+    if gone := [extractor.place(work) for work in wanted if not extractor.images.file(work.path).is_file()]:
         raise DataError(
             f"{len(gone)} accepted image(s) are not there any more: {_named(gone)}. "
             "Put them back (`dvc checkout`), or run `dvc repro` so that index_images takes note."
@@ -245,6 +262,7 @@ def _open_extractor(
     opset = max(entry.version for entry in onnx.load(layout.preprocess_onnx).opset_import)
     crop_graph = preprocessing_graph(size_px=card.size_px, crop_fraction=1.0, mean=card.mean, std=card.std, opset=opset)
     return Extractor(
+        images=open_images(layout.raw),
         preprocess=open_session(layout.preprocess_onnx),
         preprocess_crop=open_session(crop_graph.SerializeToString()),
         engine=open_engine(engine, trunk=layout.trunk_onnx, weights=layout.backbone_weights, card=card, place=place),
@@ -254,33 +272,22 @@ def _open_extractor(
     )
 
 
-def _decode(work: Work) -> NDArray[np.uint8]:
-    """The picture (H, W, 3), if its bytes are still those that were indexed."""
-    data = work.path.read_bytes()
-    if sha256_bytes(data) != work.sha256:
-        raise DataError("changed since it was indexed")
-    return decode_image(data, max_pixels=sys.maxsize)  # these bytes were accepted: index_images has judged the size
-
-
 def _missing(store: FeatureStore, wanted: Iterable[Work]) -> list[Work]:
     """What is not stored yet."""
-    missing = (
-        Work(work.path, work.sha256, tuple(view for view in work.views if Key(work.sha256, view) not in store))
-        for work in wanted
-    )
-    return [work for work in missing if work.views]
+    missing = []
+    for work in wanted:
+        views = tuple(view for view in work.views if Key(work.sha256, view) not in store)
+        if views:
+            missing.append(work if views == work.views else replace(work, views=views))
+    return missing
 
 
 def _recheck_choice(store: FeatureStore, wanted: Sequence[Work], number: int) -> list[Work]:
     """Stored rows to compute again: spread by a hash that moves with the set of images, one view each."""
     salt = sha256_bytes("".join(work.sha256 for work in wanted).encode())
-    stored = [
-        (sha256_bytes(f"{salt}{work.sha256}{view}".encode()), Work(work.path, work.sha256, (view,)))
-        for work in wanted
-        for view in work.views
-        if Key(work.sha256, view) in store
-    ]
-    return [work for _, work in sorted(stored, key=lambda pair: pair[0])[:number]]
+    stored = ((work, view) for work in wanted for view in work.views if Key(work.sha256, view) in store)
+    chosen = heapq.nsmallest(number, stored, key=lambda pair: sha256_bytes(f"{salt}{pair[0].sha256}{pair[1]}".encode()))
+    return [replace(work, views=(view,)) for work, view in chosen]
 
 
 def _recheck(store: FeatureStore, chosen: list[Work], extractor: Extractor) -> int:
@@ -291,9 +298,9 @@ def _recheck(store: FeatureStore, chosen: list[Work], extractor: Extractor) -> i
     _raise_problems(again.unusable, again.overflowing)
     difference = np.linalg.norm(store.gather(again.keys) - again.features, axis=1)
     allowed = extractor.engine.tolerance * np.linalg.norm(again.features, axis=1) + 1e-6
-    paths = {work.sha256: work.path for work in chosen}
+    works = {work.sha256: work for work in chosen}
     stale = [
-        f"{paths[key.image_sha256]} (view {key.view})"
+        f"{extractor.place(works[key.image_sha256])} (view {key.view})"
         for key, wrong in zip(again.keys, difference > allowed, strict=True)
         if wrong
     ]

@@ -58,6 +58,8 @@ SCHEMA: Final = pa.schema(
     metadata={VERSION_KEY: str(FACTS_VERSION)},
 )
 
+pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own pool takes 40 MB for a group of rows that has 3
+
 Columns = dict[str, list[Any]]
 """Some columns of a manifest, by name."""
 
@@ -167,8 +169,30 @@ def read_manifest(path: Path) -> "pd.DataFrame":
     Raises:
         DataError: If it is missing, damaged, or no manifest of this version.
     """
-    try:
+    with _readable(path):
         frame: pd.DataFrame = _read_table(path).to_pandas()
+    return frame.sort_values("path", kind="stable", ignore_index=True)
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> Columns:
+    """Some columns of a manifest in the order of the file, in less memory than a frame takes.
+
+    Raises:
+        DataError: As `read_manifest`.
+    """
+    found: Columns = {name: [] for name in columns}
+    with _readable(path), pq.ParquetFile(path) as parquet:
+        for group in _checked_groups(parquet):
+            for name, values in found.items():
+                values += group.column(name).to_pylist()
+    return found
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Says what to do where a manifest cannot be read."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise DataError(
             f"{path} is missing. Run `tanuki retrain`, or `dvc repro` up to the stage that writes it."
@@ -178,7 +202,6 @@ def read_manifest(path: Path) -> "pd.DataFrame":
             f"{path} is damaged or no manifest ({one_line(error)}). Remove it; `tanuki retrain` (or "
             "`dvc repro`) makes it again."
         ) from error
-    return frame.sort_values("path", kind="stable", ignore_index=True)
 
 
 def read_groups(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:

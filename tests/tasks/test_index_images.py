@@ -37,6 +37,7 @@ from tasks.data.manifest import (
     Facts,
     Row,
     class_names,
+    read_columns,
     read_manifest,
     rows_to_frame,
     write_manifest,
@@ -709,8 +710,21 @@ def test_a_missing_or_broken_manifest_is_told_with_a_remedy(tmp_path: Path, cont
     path = tmp_path / "images.parquet"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match=r"images\.parquet.*(tanuki retrain|index_images again)"):
-        read_manifest(path)
+    for read in (read_manifest, partial(read_columns, columns=["path"])):
+        with pytest.raises(DataError, match=r"images\.parquet.*(tanuki retrain|index_images again)"):
+            read(path)
+
+
+def test_some_columns_are_those_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "ROWS_PER_GROUP", 2)
+    rows = [Row(f"{number}.png", "a", Facts(str(number), number), "train", False) for number in range(5)]
+    path = tmp_path / "images.parquet"
+    write_manifest(path, rows_to_frame(rows))
+    frame = read_manifest(path)
+    assert read_columns(path, ("sha256", "size_bytes")) == {
+        "sha256": frame["sha256"].tolist(),
+        "size_bytes": frame["size_bytes"].tolist(),
+    }
 
 
 # --- real photos ------------------------------------------------------------------------------------------------------
