@@ -185,10 +185,11 @@ def read_reports(layout: Layout) -> dict[str, Any]:
 
 def read_test_images(layout: Layout) -> TestImages:
     """What `evaluate` measured, image by image."""
-    table = pq.read_table(layout.predictions)
+    with pq.ParquetFile(layout.predictions) as file:  # read_table imports half of pyarrow more
+        table = file.read()
     columns = {name: table.column(name).to_pylist() for name in ("path", "label", "probabilities")}
-    with layout.robustness.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["corruption"] != CLEAN]
+    with layout.robustness.open(encoding="utf-8", newline="") as text:
+        rows = [row for row in csv.DictReader(text) if row["corruption"] != CLEAN]
     right: dict[str, list[bool]] = {row["path"]: [] for row in rows}
     for row in rows:
         right[row["path"]].append(row["predicted"] == row["label"])

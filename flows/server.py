@@ -53,7 +53,11 @@ def prefect_server(layout: Layout) -> Iterator[None]:
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
     guard = None if os.environ.get("PREFECT_API_URL") else _start(layout, port, url)
-    from prefect.settings import PREFECT_API_URL, temporary_settings  # takes as long as a third of the server's start
+    # What a flow needs at once: importing it takes as long as half of the server's start.
+    import fastapi.encoders  # noqa: F401
+    import prefect.flow_engine
+    import prefect.task_engine  # noqa: F401
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     if PREFECT_API_URL.value() or guard is None:  # a profile may name one, too
         if guard is not None:
@@ -63,7 +67,8 @@ def prefect_server(layout: Layout) -> Iterator[None]:
     assert guard.stdin is not None
     atexit.register(guard.stdin.close)  # not before: Prefect sends the last lines of its log at exit
     _wait_until_healthy(url, guard, layout)
-    with temporary_settings({PREFECT_API_URL: url}):
+    # Heartbeats are for whoever watches many runs; the end of a run waits up to a second for the last one.
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         yield
 
 

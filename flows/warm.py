@@ -67,5 +67,6 @@ def warm_python(layout: Layout, stages: Collection[str] | None) -> Iterator[None
 def _libraries(layout: Layout, stages: Collection[str] | None) -> tuple[str, ...]:
     """What the stages import that takes long; torch only where fine-tuning needs it: a head-only retrain never does."""
     validates = stages is None or "validate_data" in stages
-    finetunes = (stages is None or "finetune" in stages) and load_params(layout.params).finetune.enabled
+    settings = load_params(layout.params).finetune
+    finetunes = (stages is None or "finetune" in stages) and settings.enabled and bool(settings.stages)
     return (*LIBRARIES, *(GREAT_EXPECTATIONS if validates else ()), *DRAWING, *(TORCH if finetunes else ()))

@@ -37,7 +37,7 @@ def retrain(
     prepare_raw(layout, sample=sample)
     start = time.time()
     stale = None  # any may be
-    if promotion.is_judged(layout, promote=promote) and not data_changed(layout):
+    if not data_changed(layout) and promotion.is_judged(layout, promote=promote):
         stale = stale_stages(layout)
         if not stale:
             if publish:
