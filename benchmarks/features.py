@@ -6,8 +6,8 @@
 Prints a markdown table a question, ratios of what ran by turns, the median of the turns:
 
 - rate: cache_features from JPEGs of 500x375 px over the rate at which its engine runs on tensors that lie ready, and
-  over the bound that decode, resize and forward of an image set on the same cores; a run that finds nothing new is
-  taken off, so that what does not grow with the images is not told of as a rate;
+  over the bound that decode, resize and forward of an image set on the same cores, with each engine that runs here; a
+  run that finds nothing new is taken off, so that what does not grow with the images is not told of as a rate;
 - tutorial: ten epochs of head training as tutorials do it (eager PyTorch, a DataLoader, the trunk in every epoch; its
   start-up is left out) over cache_features and train_head in new processes (their start-up is not);
 - retrain: after +1 % and +10 % new images, in new processes, over start-up plus the same share of a cold run;
@@ -50,7 +50,14 @@ from tasks.data.manifest import Facts, Row, read_manifest, rows_to_frame, write_
 from tasks.data.splits import Split
 from tasks.layout import Layout
 from tasks.models.backbone_card import read_card
-from tasks.models.engines import Forward, onnxruntime_forward, openvino_forward, torch_forward
+from tasks.models.engines import (
+    EngineName,
+    Forward,
+    onnxruntime_forward,
+    open_engine,
+    openvino_forward,
+    torch_forward,
+)
 from tasks.params import BackboneParams, Params, load_params
 from tasks.training.linear_probe import out_of_fold_probabilities
 
@@ -90,27 +97,42 @@ def rate(scratch: Path, arguments: argparse.Namespace) -> str:
     ]
     for architecture in ("mobilenet_v2", "resnet18"):
         layout = workspace(scratch / architecture, architecture, arguments.photos)
-        turns = rate_turns(layout, arguments.repeats)
-        rates = [1 / medians(column).wall_s for column in zip(*turns, strict=True)]
-        ratios = [
-            (
-                forward.cpu_s / (forward.cpu_s + show.cpu_s),
-                forward.cpu_s / stage.cpu_s,
-                (forward.wall_s + show.wall_s) / stage.wall_s,
-                (forward.cpu_s + show.cpu_s) / stage.cpu_s,
+        for wanted in installed_engines():
+            engine = open_engine(
+                wanted,
+                trunk=layout.trunk_onnx,
+                weights=layout.backbone_weights,
+                card=read_card(layout.backbone_card),
+                place=0,
             )
-            for forward, show, stage in turns
-        ]
-        lines.append(
-            f"| {architecture} | {' | '.join(f'{each:.0f}' for each in rates)} "
-            f"| {' | '.join(f'{statistics.median(column):.2f}' for column in zip(*ratios, strict=True))} |"
-        )
+            turns = rate_turns(layout, wanted, engine.forward, arguments.repeats)
+            rates = [1 / medians(column).wall_s for column in zip(*turns, strict=True)]
+            ratios = [
+                (
+                    forward.cpu_s / (forward.cpu_s + show.cpu_s),
+                    forward.cpu_s / stage.cpu_s,
+                    (forward.wall_s + show.wall_s) / stage.wall_s,
+                    (forward.cpu_s + show.cpu_s) / stage.cpu_s,
+                )
+                for forward, show, stage in turns
+            ]
+            lines.append(
+                f"| {architecture}, {engine.name} | {' | '.join(f'{each:.0f}' for each in rates)} "
+                f"| {' | '.join(f'{statistics.median(column):.2f}' for column in zip(*ratios, strict=True))} |"
+            )
     return "\n".join(lines)
 
 
-def rate_turns(layout: Layout, repeats: int) -> list[tuple[Spent, Spent, Spent]]:
+def installed_engines() -> tuple[EngineName, ...]:
+    """Those for CPUs."""
+    return ("onnxruntime", "openvino") if importlib.util.find_spec("openvino") else ("onnxruntime",)
+
+
+def rate_turns(
+    layout: Layout, engine: EngineName, run_trunk: Forward, repeats: int
+) -> list[tuple[Spent, Spent, Spent]]:
     """Forward at its best batch size, decode with resize, and the stage: seconds an image, measured in turn."""
-    run_trunk, preprocess = onnxruntime_forward(layout.trunk_onnx), open_session(layout.preprocess_onnx)
+    preprocess = open_session(layout.preprocess_onnx)
     files = [path.read_bytes() for path in sorted(layout.raw.rglob("*.jpg"))]
     pixels = np.random.default_rng(0).standard_normal((max(BATCHES), 3, 224, 224), dtype=np.float32)
 
@@ -123,8 +145,8 @@ def rate_turns(layout: Layout, repeats: int) -> list[tuple[Spent, Spent, Spent]]
 
     def stage() -> Spent:
         shutil.rmtree(layout.features_dir, ignore_errors=True)
-        whole = timed(lambda: extract(layout), len(files))
-        return whole - timed(lambda: extract(layout), len(files))
+        whole = timed(lambda: extract(layout, engine), len(files))
+        return whole - timed(lambda: extract(layout, engine), len(files))
 
     best = min(BATCHES, key=lambda size: forward(size, len(files) // 2).cpu_s)
     return [(forward(best, len(files)), timed(lambda: each(show, files), len(files)), stage()) for _ in range(repeats)]
@@ -245,7 +267,7 @@ def fidelity(scratch: Path, arguments: argparse.Namespace) -> str:
         pixels = [preprocess.run(["pixels"], {"images": image[None]})[0] for image in images]
         engines: dict[str, Forward] = {"onnxruntime float32": onnxruntime_forward(layout.trunk_onnx)}
         engines["torch float32, CPU"], _ = torch_forward(layout.backbone_weights, card, device="cpu", place=0)
-        if importlib.util.find_spec("openvino"):
+        if "openvino" in installed_engines():
             engines["openvino float32"] = openvino_forward(layout.trunk_onnx, "float32")
             engines["openvino bfloat16, where the CPU has it"] = openvino_forward(layout.trunk_onnx, "bfloat16")
         features = {engine: np.concatenate(each(forward, pixels)) for engine, forward in engines.items()}
@@ -399,10 +421,10 @@ def each(call: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         return list(pool.map(call, items))
 
 
-def extract(layout: Layout) -> object:
+def extract(layout: Layout, engine: EngineName) -> object:
     """The stage in this process, one view."""
     params = base_params()
-    features = params.features.model_copy(update={"views": 1, "engine": "onnxruntime"})
+    features = params.features.model_copy(update={"views": 1, "engine": engine})
     return cache_features.run(layout, features=features, augment=params.augment)
 
 

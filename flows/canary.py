@@ -93,6 +93,7 @@ def install(copy: Layout, python: Path, beyond_bounds: bool, extras: Sequence[st
 @task(name="try", task_run_name="try", tags=["compute"], cache_policy=NO_CACHE, persist_result=False)
 def try_out(copy: Layout, python: Path, check: Sequence[str]) -> str | None:
     """Runs the check in the environment; what went wrong, None where nothing did."""
+    copy.prefect_home.mkdir(parents=True, exist_ok=True)  # Prefect makes no folders above its own
     said = _fails(copy, [str(python), *check], CHECK_TIMEOUT_S)
     return said and f"`python {' '.join(check)}` fails with them: {said}"
 

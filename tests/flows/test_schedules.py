@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from prefect.events import DeploymentTriggerTypes
 from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
+from deploy.bundle import read_bundle
 from deploy.errors import TanukiError
-from flows.canary import bounded, changes
+from flows.canary import CHECK, bounded, changes, try_out
 from flows.clones import Snapshot, scratch_copy
 from flows.run_log import told
 from flows.scheduled_retrain import STATES
@@ -28,6 +30,7 @@ from flows.up.settings import WORK_POOL, UpSettings, check
 from flows.up.supervisor import tend, whatever_comes
 from flows.up.terminal import Tail, readable
 from tasks.layout import Layout
+from tests.conftest import Workspace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DECLARED: dict[str, Any] = YAML(typ="safe").load(Layout(REPOSITORY).schedules)
@@ -195,6 +198,19 @@ def test_a_canary_knows_what_moved_and_what_is_held_back() -> None:
     held = set(bounded(REPOSITORY / "pyproject.toml"))
     assert {"fastapi", "sqlalchemy", "torch"} <= held
     assert "numpy" not in held
+
+
+@pytest.mark.slow
+def test_what_a_canary_tries_works_with_what_is_installed(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.set_param("finetune.enabled", False)
+    commit, head = (
+        workspace.run("git", *words).stdout.strip() for words in (["rev-parse", "HEAD"], ["stash", "create"])
+    )
+    copy = Layout(tmp_path / "copy")
+    scratch_copy(Layout(workspace.root), copy, Snapshot(commit, head, None))
+    assert try_out.fn(copy, Path(sys.executable), CHECK) is None
+    assert len(read_bundle(copy.bundle_dir).labels) == 10
+    assert str(try_out.fn(copy, Path(sys.executable), ("-c", "raise SystemExit('newest')"))).endswith("newest")
 
 
 def test_a_scratch_copy_has_todays_code_and_no_data(tmp_path: Path) -> None:
