@@ -60,6 +60,7 @@ from tasks.training.linear_probe import mean_recall
 from tasks.training.prototypes import class_prototypes
 from tasks.training.schedule import StageLength, TuningSettings, stage_length
 from tasks.training.staged import batched, deterministic_torch, embeddings_of, logits_of
+from tasks.training.temperature import row_nll
 from tasks.training.tuner import Pace, StageTuner, StandardisedHead
 
 BEFORE = ("fetch_backbone", "index_images", "validate_data", "cache_features", "train_head")
@@ -113,7 +114,7 @@ def run_way(layout: Layout, params: Params, way: str) -> Facts:
         seconds = time.perf_counter() - began
     logits = head.logits(load_features(layout.features_dir, card, list(test["sha256"])))
     facts = {"num_train": len(train), "num_val": int((images["split"] == "val").sum()), "num_test": len(test)}
-    return {**facts, "accuracy": _right(head, logits, list(test["label"])).mean(), "seconds": seconds}
+    return {**facts, **_answers(head, logits, list(test["label"])), "seconds": seconds}
 
 
 def _imbalance(layout: Layout, params: Params) -> Facts:
@@ -156,7 +157,7 @@ def _tuned(layout: Layout, params: Params, way: str) -> Facts:
     network.load_trunk(load_file(weights))
     with deterministic_torch(available_cores()):
         logits = logits_of(network, head, data.pixels, params.finetune.batch_size)
-        facts["accuracy"] = float((logits.argmax(axis=1) == data.labels).mean())
+        facts |= _answers(head, logits, [head.labels[label] for label in data.labels])
         if way == "adversarial":
             facts |= _attacked(layout, params, data, {"probe": layout.backbone_weights, "adversarial": weights})
     return facts
@@ -262,9 +263,13 @@ def _test_pixels(layout: Layout, params: Params) -> LabelledPixels:
     return finetune._labelled(layout, images[images["split"] == "test"], head, sessions, ("centre",), params.augment)
 
 
-def _right(head: Head, logits: NDArray[np.float32], labels: Sequence[str]) -> NDArray[np.bool_]:
-    right: NDArray[np.bool_] = np.array(head.labels, np.str_)[logits.argmax(axis=1)] == np.array(labels, np.str_)
-    return right
+def _answers(head: Head, logits: NDArray[np.float32], labels: Sequence[str]) -> Facts:
+    """Accuracy and negative log-likelihood, nats a picture, on images whose class the head has."""
+    targets = np.array([head.labels.index(label) for label in labels], np.intp)
+    return {
+        "accuracy": float((logits.argmax(axis=1) == targets).mean()),
+        "nll": float(row_nll(logits, targets).mean()),
+    }
 
 
 def table(lines: Sequence[Facts]) -> str:
@@ -272,7 +277,10 @@ def table(lines: Sequence[Facts]) -> str:
     by_way: dict[str, dict[int, Facts]] = {way: {} for way in WAYS}
     for line in lines:
         by_way[line["way"]][line["seed"]] = line
-    rows = ["| | seeds | accuracy | range | points to the probe | seconds | kept |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| | seeds | accuracy | range | points to the probe | NLL | seconds | kept |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for way in ("prototypes", "probe", *STAGES):
         found = by_way[way]
         if not found:
@@ -281,10 +289,10 @@ def table(lines: Sequence[Facts]) -> str:
         pairs = [each["accuracy"] - by_way["probe"][seed]["accuracy"] for seed, each in found.items()]
         kept = f"{sum(bool(each['kept']) for each in found.values())} of {len(found)}" if way in STAGES else ""
         told = "" if way == "probe" else _interval(100 * np.array(pairs))
-        seconds = np.median([each["seconds"] for each in found.values()])
+        nll, seconds = (np.array([each[fact] for each in found.values()]) for fact in ("nll", "seconds"))
         rows.append(
             f"| {way} | {len(found)} | {values.mean():.3f} | {values.min():.3f} to {values.max():.3f} | {told} "
-            f"| {seconds:.1f} | {kept} |"
+            f"| {nll.mean():.3f} | {np.median(seconds):.1f} | {kept} |"
         )
     if ratios := [each["tutorial_cpu_s"] / each["ours_cpu_s"] for each in by_way["speed"].values()]:
         rows += ["", f"Top layers: {np.median(ratios):.1f} times less processor time than as tutorials write it "]

@@ -22,15 +22,14 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 
 from tasks.evaluation.paired import mcnemar_midp
+from tasks.training.temperature import fit_temperature
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 """Shares of the way from a stage's start to its end that are tried."""
 MIN_IMAGES_TO_PICK_EPOCHS = 300
 """Below this many validation images the last average of the weights is taken: the best of many epochs would be luck."""
-MAX_LOG_TEMPERATURE = math.log(20.0)
 MIN_PROBABILITY = 1e-12
 SIGNIFICANCE = 0.05
 """Chance at which luck alone may pass for robustness."""
@@ -101,15 +100,8 @@ def accuracy(logits: Logits, labels: NDArray[np.int64]) -> float:
 
 
 def best_temperature(logits: Logits, labels: NDArray[np.int64]) -> float:
-    """The temperature in [1/20, 20] at which logits (N, C) are likeliest."""
-
-    def mean_nll(log_temperature: float) -> float:
-        return float(negative_log_likelihood(logits / math.exp(log_temperature), labels).mean())
-
-    found = minimize_scalar(
-        mean_nll, bounds=(-MAX_LOG_TEMPERATURE, MAX_LOG_TEMPERATURE), method="bounded", options={"xatol": 1e-4}
-    )
-    return float(math.exp(found.x))
+    """The temperature at which logits (N, C) are likeliest, for however few images."""
+    return fit_temperature(logits, labels, min_rows=1)
 
 
 def compare(before: Judgement, after: Judgement) -> Verdict:

@@ -190,6 +190,14 @@ class TestChoice:
         assert fit_temperature(logits * 3, drawn) == pytest.approx(3, rel=0.1)
         assert fit_temperature(logits[:50] * 3, drawn[:50]) == 1.0
 
+    def test_rows_that_are_all_right_do_not_make_a_model_sure_of_everything(self) -> None:
+        """Likelihood alone would have T as small as it may be, e^-3."""
+        random = np.random.default_rng(0)
+        targets = random.integers(0, 5, 120)
+        logits = random.normal(size=(120, 5))
+        logits[np.arange(120), targets] = logits.max(axis=1) + random.uniform(0.5, 4, 120)
+        assert 0.2 < fit_temperature(logits, targets) < 1
+
 
 class TestProbe:
     def test_it_reads_handwritten_digits_from_raw_pixels(self) -> None:
