@@ -52,7 +52,5 @@ def _scale(
         return 1.0
     # Squared distances add up over D dimensions: s lies between one dimension's share of them and all of it.
     per_dim = unit / dim
-    temperature = fit_temperature(
-        -0.5 * distances / per_dim, y, min_rows=1, max_log=math.log(dim) + 3.0, prior_sd=math.inf
-    )
+    temperature = fit_temperature(-0.5 * distances / per_dim, y, min_rows=1, max_log=math.log(dim) + 3.0)
     return float(per_dim * temperature)

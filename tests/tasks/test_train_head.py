@@ -191,12 +191,13 @@ class TestChoice:
         assert fit_temperature(logits[:50] * 3, drawn[:50]) == 1.0
 
     def test_rows_that_are_all_right_do_not_make_a_model_sure_of_everything(self) -> None:
-        """Likelihood alone would have T as small as it may be, e^-3."""
+        """Likelihood alone would have T as small as it may be; 120 right answers say 99 % (Platt)."""
         random = np.random.default_rng(0)
         targets = random.integers(0, 5, 120)
         logits = random.normal(size=(120, 5))
-        logits[np.arange(120), targets] = logits.max(axis=1) + random.uniform(0.5, 4, 120)
-        assert 0.2 < fit_temperature(logits, targets) < 1
+        logits[np.arange(120), targets] = logits.max(axis=1) + 2
+        temperature = fit_temperature(logits, targets)
+        assert 0.98 < np.exp(-row_nll(logits / temperature, targets)).mean() < 0.995
 
 
 class TestProbe:
