@@ -49,7 +49,7 @@ def fit_temperature(
     weights[np.arange(num_rows), targets] = 1 - doubt
 
     def loss(log: float) -> float:
-        return -float((weights * _log_probabilities(logits / math.exp(log))).sum()) / num_rows
+        return -float((weights * _log_probabilities(logits / math.exp(log))).sum() / num_rows)
 
     found = minimize_scalar(loss, bounds=(-max_log, max_log), method="bounded", options={"xatol": 1e-4})
     return float(math.exp(found.x))
