@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.evaluation.paired import mcnemar_midp
-from tasks.training.temperature import fit_temperature
+from tasks.training.temperature import fit_temperature, row_nll
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 """Shares of the way from a stage's start to its end that are tried."""
@@ -88,10 +88,7 @@ def judge(logits: Logits, labels: NDArray[np.int64]) -> Judgement:
 
 def negative_log_likelihood(logits: Logits, labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """Nats a picture (N,) of logits (N, C), at most -log(1e-12) each."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    own = np.maximum(log_probabilities[np.arange(len(labels)), labels], math.log(MIN_PROBABILITY))
-    return cast(NDArray[np.float64], -own)
+    return cast(NDArray[np.float64], np.minimum(row_nll(logits, labels), -math.log(MIN_PROBABILITY)))
 
 
 def accuracy(logits: Logits, labels: NDArray[np.int64]) -> float:
