@@ -21,6 +21,7 @@ from types import FrameType
 
 from deploy.files import write_json
 from flows.registries import registry_place
+from flows.server_process import serve_command
 from flows.up.parts import Part, end, living_runs, ours, runs
 from flows.up.settings import WORK_POOL, UpSettings, check, part_environment
 from flows.up.terminal import Tail, readable
@@ -82,13 +83,11 @@ def run_up(layout: Layout, settings: UpSettings, say: Say) -> None:
 
 def make_parts(layout: Layout, settings: UpSettings, environment: Mapping[str, str]) -> dict[str, Part]:
     """The three of them, not started yet."""
-    prefect = [sys.executable, "-m", "prefect"]
-    server = ["server", "start", "--host", settings.prefect_host, "--port", str(settings.prefect_port)]
     worker = ["worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "box"]
     model = ["--registry", registry_place(layout), "--host", settings.host, "--port", str(settings.port)]
     commands = {
-        "server": [*prefect, *server],
-        "worker": [*prefect, *worker],
+        "server": serve_command("--host", settings.prefect_host, "--port", str(settings.prefect_port)),
+        "worker": [sys.executable, "-m", "prefect", *worker],
         "model": [sys.executable, "-m", "deploy.serving", *model, *settings.serve_options],
     }
     return {
