@@ -74,7 +74,7 @@ def _canary(layout: Layout, beyond_bounds: bool, extras: Sequence[str], check: S
     return Completed(name="Newest breaks", message=f"{gist}. {failure}")
 
 
-@task(name="install", task_run_name="install", tags=["network"], cache_policy=NO_CACHE, persist_result=False)
+@task(name="install", task_run_name="install", cache_policy=NO_CACHE, persist_result=False)
 def install(copy: Layout, python: Path, beyond_bounds: bool, extras: Sequence[str]) -> str | None:
     """Makes the environment; what went wrong, None where nothing did."""
     overrides = copy.root.parent / "overrides.txt"
@@ -90,7 +90,7 @@ def install(copy: Layout, python: Path, beyond_bounds: bool, extras: Sequence[st
     return None
 
 
-@task(name="try", task_run_name="try", tags=["compute"], cache_policy=NO_CACHE, persist_result=False)
+@task(name="try", task_run_name="try", cache_policy=NO_CACHE, persist_result=False)
 def try_out(copy: Layout, python: Path, check: Sequence[str]) -> str | None:
     """Runs the check in the environment; what went wrong, None where nothing did."""
     copy.prefect_home.mkdir(parents=True, exist_ok=True)  # Prefect makes no folders above its own

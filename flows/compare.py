@@ -102,7 +102,7 @@ def compare(root: Path | str = ".", ways: tuple[str, ...] = ()) -> dict[str, Any
     return report
 
 
-@task(name="way", task_run_name="{way.name}", tags=["compute"], cache_policy=NO_CACHE, persist_result=False)
+@task(name="way", task_run_name="{way.name}", cache_policy=NO_CACHE, persist_result=False)
 def run_way(layout: Layout, sandbox: Layout, head: str, way: Way, more: Mapping[str, str]) -> None:
     """Runs one experiment and keeps what came of it."""
     logger.info("[%s] %s", way.name, way.title)

@@ -39,7 +39,6 @@ def was_lost(_task: Task[..., object], _run: TaskRun, state: State[object]) -> b
 @task(
     name="extract_part",
     task_run_name="part-{index}-of-{count}",
-    tags=["compute"],
     retries=2,
     retry_condition_fn=was_lost,
     cache_policy=NO_CACHE,

@@ -39,7 +39,7 @@ def ingest(root: Path | str, inbox: str, settle_s: float, publish: bool = False)
         return replace(report, emptied=empty_inbox(waiting, added))
 
 
-@task(name="take", task_run_name="take", tags=["data"], cache_policy=NO_CACHE, persist_result=False)
+@task(name="take", task_run_name="take", cache_policy=NO_CACHE, persist_result=False)
 def take_images(layout: Layout, waiting: steps.Waiting) -> Added:
     """Verifies and copies into data/raw, then `dvc add`."""
     return steps.take(layout, waiting)
@@ -48,7 +48,6 @@ def take_images(layout: Layout, waiting: steps.Waiting) -> Added:
 @task(
     name="push",
     task_run_name="push",
-    tags=["network"],
     retries=2,
     retry_delay_seconds=[3, 10],
     cache_policy=NO_CACHE,
@@ -59,13 +58,13 @@ def push_to_remote(layout: Layout) -> str | None:
     return steps.secure(layout)
 
 
-@task(name="publish", task_run_name="publish", tags=["network"], cache_policy=NO_CACHE, persist_result=False)
+@task(name="publish", task_run_name="publish", cache_policy=NO_CACHE, persist_result=False)
 def publish_version(layout: Layout) -> tuple[str | None, str | None]:
     """`git commit` of data/raw.dvc and the log, and `git push`."""
     return steps.publish(layout)
 
 
-@task(name="empty", task_run_name="empty", tags=["data"], cache_policy=NO_CACHE, persist_result=False)
+@task(name="empty", task_run_name="empty", cache_policy=NO_CACHE, persist_result=False)
 def empty_inbox(waiting: steps.Waiting, added: Added) -> int:
     """Removes from the inbox what is safe elsewhere."""
     return steps.empty(waiting, added)

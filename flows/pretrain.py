@@ -30,7 +30,7 @@ def pretrain(root: Path | str = ".") -> dict[str, Any]:
     return report
 
 
-@task(name="pretrain", task_run_name="pretrain", tags=["compute"], cache_policy=NO_CACHE, persist_result=False)
+@task(name="pretrain", task_run_name="pretrain", cache_policy=NO_CACHE, persist_result=False)
 def train_backbone(layout: Layout) -> None:
     """Runs the recipe in a process of its own: no torch in this one."""
     run_recipe(layout, "pretrain", timeout_s=WEEK_S)

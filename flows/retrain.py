@@ -49,9 +49,7 @@ def may_pass(_task: Task[..., object], _run: TaskRun, state: State[object]) -> b
     return isinstance(failure, StageError) and failure.exit_code == TEMPORARY_FAILURE
 
 
-def stage_task(
-    name: str, *, timeout_s: float, retry_delays_s: tuple[float, ...] = (), tags: tuple[str, ...] = ()
-) -> StageTask:
+def stage_task(name: str, *, timeout_s: float, retry_delays_s: tuple[float, ...] = ()) -> StageTask:
     """A Prefect task that brings one stage up to date.
 
     The state is named "Up to date" where DVC had nothing to do, so that the Prefect UI shows what ran and what did not.
@@ -60,7 +58,6 @@ def stage_task(
     @task(
         name=name,
         task_run_name=name,
-        tags=["stage", *tags],
         retries=len(retry_delays_s),
         retry_delay_seconds=list(retry_delays_s) or None,
         retry_condition_fn=may_pass,
@@ -76,12 +73,12 @@ def stage_task(
     return run
 
 
-fetch_backbone = stage_task("fetch_backbone", timeout_s=HOUR_S, retry_delays_s=(3, 10), tags=("network",))
+fetch_backbone = stage_task("fetch_backbone", timeout_s=HOUR_S, retry_delays_s=(3, 10))
 index_images = stage_task("index_images", timeout_s=12 * HOUR_S)
 validate_data = stage_task("validate_data", timeout_s=HOUR_S)
-cache_features = stage_task("cache_features", timeout_s=48 * HOUR_S, tags=("compute",))
-train_head = stage_task("train_head", timeout_s=4 * HOUR_S, tags=("compute",))
-finetune = stage_task("finetune", timeout_s=48 * HOUR_S, tags=("compute",))
+cache_features = stage_task("cache_features", timeout_s=48 * HOUR_S)
+train_head = stage_task("train_head", timeout_s=4 * HOUR_S)
+finetune = stage_task("finetune", timeout_s=48 * HOUR_S)
 export_onnx = stage_task("export_onnx", timeout_s=HOUR_S)
 evaluate = stage_task("evaluate", timeout_s=12 * HOUR_S)
 
@@ -133,7 +130,7 @@ def retrain(
     return retrained
 
 
-@task(name="gate", task_run_name="gate", tags=["gate"], cache_policy=NO_CACHE, persist_result=False)
+@task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
 def judge(layout: Layout, promote: bool, key: Path | None, lease: Lease | None) -> promotion.Verdict:
     """Registers the bundle, puts it before the gate, and signs and promotes it if it passes."""
     with lease.at_the_gate() if lease else nullcontext():
@@ -143,7 +140,6 @@ def judge(layout: Layout, promote: bool, key: Path | None, lease: Lease | None) 
 @task(
     name="publish",
     task_run_name="publish",
-    tags=["network"],
     retries=2,
     retry_delay_seconds=[3, 10],
     cache_policy=NO_CACHE,

@@ -22,6 +22,7 @@ from flows.registries import registry_of
 from flows.retrain import publish_champion, retrain
 from flows.run_log import told
 from flows.run_metrics import record_retrain
+from flows.warm import warm_python
 from flows.workspace import WorkspaceError, exclusive, find_workspace, out_of_date
 from tasks.layout import Layout
 
@@ -63,7 +64,7 @@ def _retrain(main: Layout, promote: bool, publish: bool, reason: str) -> State[A
             record_retrain(main, start=start, end=time.time(), succeeded=True)
             return Completed(name="Nothing to do", message=idle + done)
         snapshot = take_snapshot(main)
-    with borrow_clone(main) as clone:
+    with warm_python(main, None), borrow_clone(main) as clone:
         logger.info("in the clone %s, at commit %s", clone.root, snapshot.commit[:8])
         prepare_clone(main, clone, snapshot)
         try:

@@ -102,6 +102,7 @@ class Batcher:
         max_waiting: Pictures that may wait or be worked on at a time; more are refused.
         max_pixels: Of an encoded picture; more is refused before it is decoded.
         on_batch: Told of each batch, on the event loop.
+        max_wait_s: A picture that finds others, and would wait longer by what the last ones took, is refused.
         max_batch: Pictures in a run of the network.
     """
 
@@ -109,6 +110,7 @@ class Batcher:
     max_waiting: int
     max_pixels: int
     on_batch: Callable[[BatchTimes], None]
+    max_wait_s: float = math.inf
     max_batch: int = MAX_BATCH
     waiting: int = 0  # pictures, those being worked on included
     waiting_aside: int = 0
@@ -179,12 +181,15 @@ class Batcher:
         Raises:
             RequestError: If not.
         """
-        if self.waiting + num > self.max_waiting:
-            raise RequestError(
-                TOO_MANY,
-                f"too many requests: {self.waiting} pictures wait, {self.max_waiting} may",
-                retry_after_s=math.ceil(self.waiting * self._seconds_each / self.threads),
-            )
+        wait_s = self.waiting * self._seconds_each / self.threads
+        if self.waiting + num <= self.max_waiting and wait_s <= self.max_wait_s:
+            return
+        raise RequestError(
+            TOO_MANY,
+            f"too many requests: {self.waiting} pictures wait, which takes {wait_s:.2g} s; "
+            f"{self.max_waiting} may, or {self.max_wait_s:g} s",
+            retry_after_s=math.ceil(wait_s),
+        )
 
     def close(self) -> None:
         """Ends the threads once nothing waits; later requests are refused."""

@@ -107,6 +107,7 @@ class Service:
             max_waiting=self.settings.max_waiting,
             max_pixels=self.settings.max_pixels,
             on_batch=self._count_batch,
+            max_wait_s=self.settings.max_wait_s,
         )
         if self.settings.second is not None:
             self._challenge = Challenge(

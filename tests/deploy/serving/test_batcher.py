@@ -27,13 +27,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveModel]:
 
 
 def with_batcher(
-    use: Callable[[Batcher], Awaitable[None]], *, threads: int = 2, max_waiting: int = 1000, max_pixels: int = 10_000
+    use: Callable[[Batcher], Awaitable[None]],
+    *,
+    threads: int = 2,
+    max_waiting: int = 1000,
+    max_pixels: int = 10_000,
+    max_wait_s: float = 30,
 ) -> list[BatchTimes]:
     """Runs something with a batcher on a loop of its own; returns the batches that were run."""
     batches: list[BatchTimes] = []
 
     async def run() -> None:
-        batcher = Batcher(threads, max_waiting, max_pixels, batches.append)
+        batcher = Batcher(threads, max_waiting, max_pixels, batches.append, max_wait_s=max_wait_s)
         try:
             await use(batcher)
         finally:
@@ -88,7 +93,7 @@ def test_more_than_may_wait_is_refused_at_once(model: LiveModel) -> None:
     async def use(batcher: Batcher) -> None:
         busy = asyncio.create_task(batcher.answer(model, [HUGE, HUGE], timeout_s=30))
         await asyncio.sleep(0)
-        with pytest.raises(RequestError, match="2 pictures wait, 3 may") as refused:
+        with pytest.raises(RequestError, match="2 pictures wait, .* 3 may") as refused:
             await batcher.answer(model, [HUGE, HUGE], timeout_s=30)
         assert refused.value.status == 429
         assert refused.value.retry_after_s is not None
@@ -96,6 +101,21 @@ def test_more_than_may_wait_is_refused_at_once(model: LiveModel) -> None:
         await batcher.answer(model, [colour_image("blau")] * 3, timeout_s=30)
 
     with_batcher(use, max_waiting=3)
+
+
+def test_who_would_wait_too_long_is_refused_at_once(model: LiveModel) -> None:
+    async def use(batcher: Batcher) -> None:
+        for _ in range(5):  # however long each takes: nobody is before it
+            await batcher.answer(model, [HUGE], timeout_s=30)
+        busy = asyncio.create_task(batcher.answer(model, [HUGE, HUGE, HUGE], timeout_s=30))
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="3 pictures wait, which takes .* 1000 may, or 0.05 s") as refused:
+            await batcher.answer(model, [HUGE], timeout_s=30)
+        assert refused.value.status == 429
+        await busy
+        await batcher.answer(model, [HUGE], timeout_s=30)
+
+    with_batcher(use, threads=1, max_wait_s=0.05)
 
 
 def test_what_nobody_waits_for_any_more_is_not_computed(model: LiveModel) -> None:
