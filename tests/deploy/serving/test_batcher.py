@@ -93,7 +93,7 @@ def test_more_than_may_wait_is_refused_at_once(model: LiveModel) -> None:
     async def use(batcher: Batcher) -> None:
         busy = asyncio.create_task(batcher.answer(model, [HUGE, HUGE], timeout_s=30))
         await asyncio.sleep(0)
-        with pytest.raises(RequestError, match="2 pictures wait, .* 3 may") as refused:
+        with pytest.raises(RequestError, match=r"2 pictures wait, .* 3 may") as refused:
             await batcher.answer(model, [HUGE, HUGE], timeout_s=30)
         assert refused.value.status == 429
         assert refused.value.retry_after_s is not None
@@ -109,7 +109,7 @@ def test_who_would_wait_too_long_is_refused_at_once(model: LiveModel) -> None:
             await batcher.answer(model, [HUGE], timeout_s=30)
         busy = asyncio.create_task(batcher.answer(model, [HUGE, HUGE, HUGE], timeout_s=30))
         await asyncio.sleep(0)
-        with pytest.raises(RequestError, match="3 pictures wait, which takes .* 1000 may, or 0.05 s") as refused:
+        with pytest.raises(RequestError, match=r"3 pictures wait, which takes .* 1000 may, or 0.05 s") as refused:
             await batcher.answer(model, [HUGE], timeout_s=30)
         assert refused.value.status == 429
         await busy
