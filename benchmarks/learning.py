@@ -7,6 +7,7 @@ the stages up to the probe, then each way that is asked for, and appends a line 
 
 - prototypes, probe: from stored features.
 - imbalance: the probe with every other class cut to a tenth of its training images, without and with logit adjustment.
+- scratch: from random weights, for --scratch-seconds.
 - top, full: fine-tuning of the top layers, of all but the stem.
 - adversarial: after the probe, against attacks; accuracy on test images, clean and under PGD-20.
 - speed: the stage top against the loop that tutorials write, which reads and crops pictures anew and runs the frozen
@@ -64,7 +65,7 @@ from tasks.training.temperature import row_nll
 from tasks.training.tuner import Pace, StageTuner, StandardisedHead
 
 BEFORE = ("fetch_backbone", "index_images", "validate_data", "cache_features", "train_head")
-STAGES = {"top": ("top",), "full": ("top", "rest"), "adversarial": ("adversarial",)}
+STAGES = {"scratch": ("scratch",), "top": ("top",), "full": ("top", "rest"), "adversarial": ("adversarial",)}
 WAYS = ("prototypes", "probe", "imbalance", "speed", *STAGES)
 CUT = 10  # what is left of every other class: one in so many
 TIMED_STEPS = 3
@@ -83,18 +84,19 @@ def lay_out(photos: Path, raw: Path) -> None:
             shutil.copy(path, target)
 
 
-def settings_of(weights: Path, architecture: str, seed: int, epochs: int | None, images: int) -> Params:
+def settings_of(weights: Path, architecture: str, seed: int, arguments: argparse.Namespace) -> Params:
     """params.yaml with what photos want."""
     params = load_params(Path("params.yaml"))
-    adversarial = params.finetune.adversarial.model_copy(update={"val_images": images})
-    if epochs:
-        adversarial = adversarial.model_copy(update={"epochs": epochs})
+    adversarial = params.finetune.adversarial.model_copy(update={"val_images": arguments.attacked})
+    if arguments.adversarial_epochs:
+        adversarial = adversarial.model_copy(update={"epochs": arguments.adversarial_epochs})
+    scratch = params.finetune.scratch.model_copy(update={"seconds": arguments.scratch_seconds})
     changes: Facts = {
         "seed": seed,
         "backbone": params.backbone.model_copy(update={"source": f"file:{weights}", "architecture": architecture}),
         "augment": params.augment.model_copy(update={"hflip": True}),
         "features": params.features.model_copy(update={"depths": 1, "views": 2}),
-        "finetune": params.finetune.model_copy(update={"adversarial": adversarial}),
+        "finetune": params.finetune.model_copy(update={"adversarial": adversarial, "scratch": scratch}),
     }
     return params.model_copy(update=changes)
 
@@ -324,6 +326,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=math.inf, help="after these nothing new is begun")
     parser.add_argument("--adversarial-epochs", type=int, help="default: as in params.yaml")
+    parser.add_argument("--scratch-seconds", type=float, default=180.0, help="what full takes on two cores")
     parser.add_argument("--attacked", type=int, default=128, help="images that are attacked")
     parser.add_argument("--workspace", type=Path, help="keeps features from run to run; default: a temporary folder")
     parser.add_argument("--results", type=Path, default=Path("learning.jsonl"))
@@ -344,9 +347,7 @@ def main() -> None:
             lay_out(material / "datasets" / arguments.set, layout.raw)
         for seed in range(arguments.seeds):
             missing = [way for way in ways if (way, seed) not in {(line["way"], line["seed"]) for line in lines}]
-            params = settings_of(
-                weights, arguments.architecture, seed, arguments.adversarial_epochs, arguments.attacked
-            )
+            params = settings_of(weights, arguments.architecture, seed, arguments)
             for number, way in enumerate(missing):
                 if time.perf_counter() - began > 60 * arguments.minutes:
                     break
