@@ -1,4 +1,4 @@
-"""What a kill leaves of DVC's and git's files: half a dvc.lock or data/raw.dvc, and locks of the dead.
+"""What a kill leaves of DVC's and git's files: half a dvc.lock or data/raw.dvc, half an output, and locks of the dead.
 
 A copy of the last whole dvc.lock is kept in .dvc/tmp. What a stage made is not lost with its entry: its outputs are in
 DVC's cache, and the run cache finds them again. Call these with the workspace's lock held.
@@ -6,6 +6,7 @@ DVC's cache, and the run cache finds them again. Call these with the workspace's
 
 import json
 import logging
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from tasks.layout import Layout
 
 # Files that git makes for as long as it writes, and that stay where it is killed: every git after it then refuses.
 GIT_LOCKS = ("index.lock", "HEAD.lock", "packed-refs.lock", "refs/**/*.lock")
+
+# An output that DVC has not copied to its end: it was killed, or the disk was full.
+PART = re.compile(r"\.[\w-]{22}\.tmp")
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ def mend(layout: Layout) -> None:
     if _is_held_by_the_dead(layout):
         layout.dvc_rwlock.unlink()
     _drop_git_locks(layout.root)
+    _drop_parts(layout)
     if layout.dvc_lock.is_file() and not is_whole(layout.dvc_lock.read_bytes()):
         copy = layout.dvc_lock_copy.read_bytes() if layout.dvc_lock_copy.is_file() else None
         _put_back(layout, "dvc.lock", copy or _committed(layout, "dvc.lock"))
@@ -80,13 +85,21 @@ def _is_held_by_the_dead(layout: Layout) -> bool:
 
 def _drop_git_locks(root: Path) -> None:
     locks = [path for pattern in GIT_LOCKS for path in (root / ".git").glob(pattern)]
-    if locks and not _git_is_at_work(root):
+    if locks and not _is_at_work(root):
         for path in locks:
             path.unlink(missing_ok=True)
         logger.warning("git was killed here: %s dropped", ", ".join(str(path.relative_to(root)) for path in locks))
 
 
-def _git_is_at_work(root: Path) -> bool:
+def _drop_parts(layout: Layout) -> None:
+    folders = (layout.data, layout.images.parent, layout.head_dir.parent, layout.reports_dir, layout.evaluation_dir)
+    parts = [path for folder in folders for path in folder.glob(".*.tmp") if PART.fullmatch(path.name)]
+    if parts and not _is_at_work(layout.root):
+        for path in parts:
+            path.unlink(missing_ok=True)
+
+
+def _is_at_work(root: Path) -> bool:
     """Whether a git may be writing here: one that a person started, an editor's, or a DVC, which writes git's index."""
     for process in psutil.process_iter(["name", "cmdline", "cwd", "status"]):
         facts = process.info

@@ -110,6 +110,21 @@ def test_a_lock_that_a_living_dvc_holds_or_nobody_is_left_alone(workspace: Works
         alive.kill()
 
 
+def test_half_an_output_of_a_dvc_that_found_no_room_is_dropped(workspace: Workspace) -> None:
+    layout = Layout(workspace.root)
+    layout.images.parent.mkdir(parents=True)
+    whole, own = workspace.root / "whole", layout.images.parent / ".own.tmp"
+    for path in (whole, own):
+        path.write_bytes(bytes(100_000))
+    copy = "import sys; from dvc_objects.fs import LocalFileSystem; LocalFileSystem().put_file(*sys.argv[1:])"
+    limited = ["bash", "-c", 'ulimit -f 50; exec "$@"', "bash", sys.executable, "-c", copy, whole, layout.images]
+    copied = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert "File too large" in copied.stderr
+    assert len(list(layout.images.parent.iterdir())) == 2
+    mend(layout)
+    assert list(layout.images.parent.iterdir()) == [own]
+
+
 def test_locks_of_a_git_that_was_killed_are_dropped_and_those_of_one_at_work_are_not(workspace: Workspace) -> None:
     """Killed by its own hook, where it holds the locks of its index and of a tag."""
     hook = workspace.root / ".git" / "hooks" / "reference-transaction"
