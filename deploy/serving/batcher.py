@@ -59,7 +59,7 @@ class BatchTimes:
 
     Args:
         model: Who answered.
-        queue_s: How long each of its pictures waited.
+        queue_s: How long each of its pictures waited; 0 for what was asked aside.
         decode_s: Decoding and preprocessing of them all.
         run_s: The network's run.
     """
@@ -153,18 +153,18 @@ class Batcher:
             raise RequestError(TOO_MANY, "no time for what nobody waits for")
         if not is_aside:
             self.check_room(len(pictures))
-        if self._closed:
-            raise RequestError(UNAVAILABLE, "the server is shutting down")
         future: asyncio.Future[None] = self._loop.create_future()
         now = time.monotonic()
         due = math.inf if timeout_s is None else now + timeout_s
         request = _Request(model, future, [None] * len(pictures), len(pictures), now, due, is_aside)
         jobs = [_Job(request, index, picture) for index, picture in enumerate(pictures)]
-        self._count(request, len(pictures))
-        model.in_flight += 1
         with self._ready:
+            if self._closed:
+                raise RequestError(UNAVAILABLE, "the server is shutting down")
             (self._aside if is_aside else self._jobs).extend(jobs)
             self._ready.notify(len(jobs))
+        self._count(request, len(pictures))
+        model.in_flight += 1
         self._open.add(request)
         self._watch(request.due)
         try:
@@ -230,7 +230,8 @@ class Batcher:
     def _run(self, jobs: list[_Job], started: float) -> BatchTimes:
         """Fills in the outcomes of jobs of one model."""
         model = jobs[0].request.model
-        queue_s = tuple(started - job.request.queued_at for job in jobs)
+        # What is asked aside waits on purpose.
+        queue_s = tuple(0.0 if job.request.is_aside else started - job.request.queued_at for job in jobs)
         decoded = [(job, pixels) for job in jobs if (pixels := self._pixels(job)) is not None]
         ready = time.monotonic()
         if decoded:
@@ -267,7 +268,8 @@ class Batcher:
             if request.remaining == 0 and not request.future.done():
                 request.future.set_result(None)
         if times is not None:
-            self._seconds_each += 0.1 * (seconds / len(jobs) - self._seconds_each)
+            if not jobs[0].request.is_aside:
+                self._seconds_each += 0.1 * (seconds / len(jobs) - self._seconds_each)
             self.on_batch(times)
 
     def _watch(self, due: float) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -158,6 +159,8 @@ class Capture:
                     num_bytes += len(rows[-1].picture or rows[-1].thumbnail or b"")
             except queue.Empty:
                 pass
+            except Exception as error:  # noqa: BLE001 - told and counted
+                self._lose(1, error)
             is_full = len(rows) >= FILE_ROWS or num_bytes >= FILE_BYTES
             if is_over or is_full or time.monotonic() >= due:
                 self._write(rows)
@@ -185,15 +188,19 @@ class Capture:
                 self._number += 1
                 write_rows(self._directory, rows, self._number)
             self._make_room()
-        except OSError as error:
-            if not self._is_failing:
-                logger.warning("captured answers cannot be written and are dropped: %s", error)
-            self._is_failing = True
-            self._on_rows("dropped", len(rows))
+        except Exception as error:  # noqa: BLE001 - told and counted
+            self._lose(len(rows), error)
             return
         if rows:
             self._is_failing = False
             self._on_rows("kept", len(rows))
+
+    def _lose(self, num_rows: int, error: Exception) -> None:
+        """Counts rows that could not be kept; whatever the reason, those that follow are tried."""
+        if not self._is_failing:
+            logger.warning("captured answers cannot be kept and are dropped: %r", error)
+        self._is_failing = True
+        self._on_rows("dropped", num_rows)
 
     def _make_room(self) -> None:
         """Removes what is too old, then the oldest until the rest is small enough."""
@@ -221,8 +228,8 @@ def _original(picture: Picture) -> bytes | None:
 
 
 def _thumbnail(picture: Picture) -> bytes:
-    """A small one of a picture that was answered, so can be decoded within the server's limits."""
-    image = Image.fromarray(decode_image(picture) if isinstance(picture, bytes) else picture)
+    """A small one of a picture that was answered: one within the server's limits, whatever those are."""
+    image = Image.fromarray(decode_image(picture, max_pixels=sys.maxsize) if isinstance(picture, bytes) else picture)
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     return _encoded(image, "JPEG")
 

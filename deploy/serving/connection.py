@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 MAX_HEAD_BYTES = 65_536
 PIECE_BYTES = 1_048_576
 HEAD_S = 15  # for a client to send its request line and headers
+BODY_HEADERS = (b"content-length", b"transfer-encoding")
 EXCHANGE = "tanuki.exchange"
 
 
@@ -70,7 +71,7 @@ class Connection(HttpToolsProtocol):
     """A connection that gives a body to its request at once, and limits a request's head in size and in time."""
 
     on_leave: Callable[[], Any] | None = None  # of the request that is being answered
-    _head_bytes = 0
+    _head_bytes = _trailer_bytes = 0
     _awaits_head = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -83,7 +84,9 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._awaits_head:
+        if self._trailer_bytes > MAX_HEAD_BYTES:
+            self.transport.close()
+        elif self._awaits_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self._have_head()
@@ -93,14 +96,25 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._await_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """As uvicorn's; but what comes after the body says nothing of the request."""
+        if self._awaits_head:
+            super().on_header(name, value)
+        else:
+            self._trailer_bytes += len(name) + len(value)
+
     def on_headers_complete(self) -> None:
         self._have_head()
+        if self.parser.should_upgrade() and any(name in BODY_HEADERS for name, _ in self.headers):
+            # The parser would skip the body, and what is in it would be the next request.
+            self.send_400_response("A request with a body must have no Upgrade header (Java: Version.HTTP_1_1).")
+            return
         super().on_headers_complete()
         self.scope[EXCHANGE] = Exchange(self, self.cycle)  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
         """Wakes the request once its body is there, or a large piece of it, and not for every read from the socket."""
-        if self.cycle.response_complete:
+        if self.transport.is_closing() or self.cycle.response_complete:
             return
         self._pieces.append(body)
         self._piece_bytes += len(body)
@@ -110,6 +124,8 @@ class Connection(HttpToolsProtocol):
             self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
+        if self.transport.is_closing():
+            return
         self._pass_on()
         super().on_message_complete()
 
@@ -140,7 +156,7 @@ class Connection(HttpToolsProtocol):
         self._pieces, self._piece_bytes = [], 0
 
     def _await_head(self) -> None:
-        self._awaits_head, self._head_bytes = True, 0
+        self._awaits_head, self._head_bytes, self._trailer_bytes = True, 0, 0
         self._patience.set(HEAD_S, self.timeout_keep_alive_handler)
 
     def _have_head(self) -> None:

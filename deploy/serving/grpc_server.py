@@ -172,6 +172,9 @@ class InferenceService:
         if tensor.name == ENCODED:
             packed = pack_bytes(contents.bytes_contents)
             return pictures_of_raw(tensor, memoryview(packed), model=name, request_id=request.id)
+        size, limit = contents.ByteSize(), self.service.settings.max_json_bytes
+        if size > limit:  # a number at a time, as slow as JSON
+            raise RequestError(TOO_LARGE, f"{size} bytes of typed contents are more than {limit}: send raw contents")
         return pictures_of_json(tensor, list(contents.uint_contents))
 
 

@@ -145,7 +145,9 @@ class Models:
                 self._swap_in(self._of(wanted))
                 self._on_reload("swapped")
             self.problem = None
-        except (TanukiError, OSError) as error:
+        except Exception as error:  # whatever is wrong with a new version, the old one goes on
+            if not isinstance(error, TanukiError | OSError):
+                logger.exception("the champion cannot be read")
             still = f"version {self.champion.version} goes on answering" if self.champion else "nothing answers"
             if self.problem is None:
                 logger.error("the champion cannot be taken over, %s: %s", still, error)
@@ -195,7 +197,9 @@ def load(registry: Registry, version: Version, *, public_key: Path | None = None
         require_signature(bundle, public_key)
     check_golden(bundle)
     predictor = Predictor(bundle, threads=1)  # now that the check's own sessions are gone
-    registry.bundle(version.id)  # once more, or a file that was exchanged before the sessions were open is believed
+    # Once more, or what was exchanged before the sessions were open is believed.
+    if registry.bundle(version.id).digest != bundle.digest:
+        raise RegistryError(f"Version {version.id} was exchanged while it was loaded.")
     _warm_up(predictor, bundle)
     give_memory_back()
     return LiveModel(version.id, bundle, predictor, registry.registered_lineage(version.id), _card(version.directory))

@@ -10,6 +10,7 @@ have; that one passes it to every worker, the asking one too, and brings all ans
 """
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ class Peers:
         self._handlers = handlers
         self._waiting: dict[int, asyncio.Future[list[Any]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._numbers = itertools.count()
 
     async def start(self) -> None:
         """Begins to answer what others ask, and tells that this worker listens."""
@@ -50,7 +52,7 @@ class Peers:
 
     async def ask(self, kind: Kind) -> list[Any]:
         """The answers of all workers that gave one in time."""
-        number = max(self._waiting, default=0) + 1
+        number = next(self._numbers)  # never again: an answer may come after its asker has left
         self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
             self._say({"ask": kind, "id": number})

@@ -7,7 +7,7 @@ import orjson
 from starlette.routing import BaseRoute, Route
 
 from deploy.serving.endpoint import Call, Endpoint, Reply, json_reply
-from deploy.serving.errors import BAD_REQUEST, RequestError
+from deploy.serving.errors import BAD_REQUEST, TOO_LARGE, RequestError
 from deploy.serving.infer_codec import json_length, parse_infer, render_infer
 from deploy.serving.inference_protocol import (
     EXTENSIONS,
@@ -127,6 +127,8 @@ async def statistics(call: Call) -> Reply:
 async def repository_index(call: Call) -> Reply:
     """All versions that answer; those are all ready."""
     body = await call.body()
+    if len(body) > LARGE_JSON_BYTES:
+        raise RequestError(TOO_LARGE, f"{len(body)} bytes of JSON are more than {LARGE_JSON_BYTES}")
     try:
         asked = orjson.loads(body or b"{}")
     except orjson.JSONDecodeError as error:

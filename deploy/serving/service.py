@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.errors import TanukiError
 from deploy.machine import available_cores
 from deploy.registry import open_registry
-from deploy.serving.batcher import Batcher, BatchTimes, Outcome, Picture
+from deploy.serving.batcher import Answer, Batcher, BatchTimes, Outcome, Picture
 from deploy.serving.capture import Capture
 from deploy.serving.comparison import Challenge, reports_of
 from deploy.serving.errors import BAD_REQUEST, RequestError, ServingError
@@ -189,7 +189,7 @@ class Service:
     async def statistics(self, version: str | None = None) -> list[dict[str, Any]]:
         """What each version did, in all processes, in Triton's terms; of one version where it is named."""
         found = summed_statistics(itertools.chain.from_iterable(await self._of_all("statistics")))
-        return [each for each in found if not version or int(each["version"]) == int(version)]
+        return [each for each in found if not version or each["version"] == str(version)]
 
     async def _of_all(self, kind: Kind) -> list[Any]:
         """An answer of each process of this server."""
@@ -238,9 +238,13 @@ class Service:
             done.failed += 1
             done.failed_ns += int((time.monotonic() - start) * 1e9)
             raise
-        done.success += 1
-        done.success_ns += int((time.monotonic() - start) * 1e9)
-        done.last_ms = int(time.time() * 1000)
+        if any(isinstance(outcome, Answer) for outcome in outcomes):
+            done.success += 1
+            done.success_ns += int((time.monotonic() - start) * 1e9)
+            done.last_ms = int(time.time() * 1000)
+        else:
+            done.failed += 1
+            done.failed_ns += int((time.monotonic() - start) * 1e9)
         if self._challenge is not None:
             self._challenge.offer(model, pictures, outcomes)
         if self.capture is not None:

@@ -92,6 +92,18 @@ def test_a_folder_that_went_away_costs_rows_and_nothing_else(
     assert folder.read_text() == "in its place"
 
 
+def test_a_row_that_cannot_be_made_costs_itself_and_nothing_else(
+    model: LiveModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts: Counter[str] = Counter()
+    capture = start_capture(tmp_path, counts, pictures="thumbnails")
+    for picture in (encoded(colour_image("blau")), b"no picture any more", encoded(colour_image("grün"))):
+        capture.offer(model, [picture], [answer(0)], "x")
+    capture.close()
+    assert counts == {"kept": 2, "dropped": 1}
+    assert len(caplog.records) == 1
+
+
 def test_pictures_are_kept_as_asked(model: LiveModel, tmp_path: Path) -> None:
     photo = encoded(np.asarray(Image.effect_noise((640, 480), 60).convert("RGB")))
     pixels = colour_image(LABELS[1])

@@ -249,6 +249,7 @@ def test_statistics_count_what_was_asked(client: Any) -> None:
     after = client.get_inference_statistics("m", "1").model_stats[0]
     assert after.inference_count == before.inference_count + 2
     assert after.inference_stats.success.count == before.inference_stats.success.count + 1
+    assert not client.get_inference_statistics("", "abc").model_stats
 
 
 def test_the_usual_health_check(running: Running) -> None:

@@ -1,5 +1,6 @@
 """Promotions and rollbacks while the server answers: never a lost request, never an answer of a version not named."""
 
+import json
 import signal
 import threading
 from collections import Counter
@@ -12,7 +13,7 @@ import onnx
 import pytest
 
 from deploy.bundle import Bundle, read_bundle
-from deploy.errors import BundleError, TanukiError
+from deploy.errors import BundleError, RegistryError, TanukiError
 from deploy.images import decode_image
 from deploy.predictor import Predictor
 from deploy.registry import Registry, open_registry
@@ -161,10 +162,46 @@ class ExchangedMeanwhile(Registry):
         return bundle
 
 
+class WhollyExchangedMeanwhile(Registry):
+    """The same where it is a whole version, which then says of itself that it is the one that was there."""
+
+    def bundle(self, id_: int) -> Bundle:
+        bundle = super().bundle(id_)
+        there, other = bundle.directory, bundle.directory.parent / "3"
+        if other.is_dir():
+            there.rename(there.parent / "before")
+            other.rename(there)
+            lineage = json.loads((there / "lineage.json").read_bytes())
+            (there / "lineage.json").chmod(0o644)
+            (there / "lineage.json").write_text(json.dumps({**lineage, "version": id_}))
+        return bundle
+
+
 def test_a_bundle_that_is_exchanged_while_it_is_loaded_is_not_believed(root: Path) -> None:
     registry = ExchangedMeanwhile(root)
     with pytest.raises(TanukiError, match=r"back\.onnx was changed|does not answer as it did"):
         load(registry, registry.version(2))
+
+
+def test_a_version_that_is_exchanged_as_a_whole_while_it_is_loaded_is_not_believed(root: Path) -> None:
+    registry = WhollyExchangedMeanwhile(root)
+    with pytest.raises(RegistryError, match="was exchanged while it was loaded"):
+        load(registry, registry.version(2))
+
+
+def test_a_champion_that_nobody_can_read_is_told_of_and_tried_again(root: Path, tmp_path: Path) -> None:
+    with serving(root, tmp_path, "--watch-s", "1000") as running:
+        card = root / "versions" / "2" / "model_card.md"
+        card.chmod(0o644)
+        card.write_bytes("Größe".encode("latin-1"))
+        make_champion(root, 2)
+        for _ in range(2):
+            told = running.client.post("/v2/repository/models/tanuki/load")
+            assert (told.status_code, answering(running)) == (400, "1")
+            assert "can't decode byte" in told.json()["error"]
+        card.write_text("Größe", encoding="utf-8")
+        assert running.client.post("/v2/repository/models/tanuki/load").status_code == 200
+        assert answering(running) == "2"
 
 
 def test_a_bundle_without_an_embedding_is_refused_and_the_old_one_goes_on(root: Path, tmp_path: Path) -> None:

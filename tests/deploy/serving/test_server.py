@@ -262,6 +262,37 @@ def test_overload_is_told_and_the_rest_is_answered(registry: Path, tmp_path: Pat
         assert running.metric("tanuki_waiting_pictures") == 0
 
 
+def test_trailers_say_nothing_and_are_limited(running: Running) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    body = b"%x\r\n%s\r\n0\r\n" % (len(BLUE), BLUE)
+    said = talk(running.port, head + body + b"X-Request-Id: from-a-trailer\r\n\r\n")
+    assert said.startswith(b"HTTP/1.1 200")
+    assert b"from-a-trailer" not in said
+    assert talk(running.port, head + body, *[b"X-More: " + bytes([65]) * 30_000 + b"\r\n"] * 5) == b""
+
+
+def test_a_body_behind_an_upgrade_is_refused_and_never_taken_for_a_request(running: Running) -> None:
+    inner = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    said = talk(running.port, head + b"Content-Length: %d\r\n\r\n%s" % (len(inner), inner))
+    assert said.startswith(b"HTTP/1.1 400")
+    assert said.count(b"HTTP/1.1 ") == 1
+    assert b"no Upgrade header" in said
+
+
+def test_a_large_index_request_is_refused_unread(running: Running) -> None:
+    answer = running.client.post("/v2/repository/index", content=b"[" + b"[]," * 100_000 + b"[]]")
+    assert answer.status_code == 413
+
+
+def test_a_request_without_any_answer_counts_as_failed(running: Running) -> None:
+    before = running.client.get("/v2/models/m/stats").json()["model_stats"][0]["inference_stats"]
+    assert running.client.post("/predict", content=b"no picture").status_code == 400
+    after = running.client.get("/v2/models/m/stats").json()["model_stats"][0]["inference_stats"]
+    assert after["success"]["count"] == before["success"]["count"]
+    assert after["fail"]["count"] == before["fail"]["count"] + 1
+
+
 def test_who_is_refused_is_told_before_the_body_and_may_go_on(registry: Path, tmp_path: Path) -> None:
     picture = encoded(colour_image("grün", size=(3000, 3000)))
     options = ("--threads", "1", "--max-waiting", "2", "--max-pictures", "2")
