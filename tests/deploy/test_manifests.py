@@ -39,6 +39,14 @@ def test_hadolint_accepts_a_dockerfile(dockerfile: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_the_workers_user_has_a_name() -> None:
+    """Of a number alone, DVC and ssh know nothing and end; $USER is what DVC believes of any other number."""
+    text = (DEPLOY / "docker" / "Dockerfile.train").read_text()
+    (user,) = re.findall(r"^USER (\d+):\d+$", text, re.MULTILINE)
+    assert f":x:{user}:" in text
+    assert re.search(r"^ENV .* USER=\w+", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
 def test_a_dockerfile_copies_what_is_there_and_runs_without_rights(dockerfile: Path) -> None:
     lines = dockerfile.read_text().splitlines()
