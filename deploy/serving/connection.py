@@ -183,6 +183,10 @@ class Exchange:
         """Whether nobody waits for the answer any more."""
         return self._cycle.disconnected or self._connection.transport.is_closing()
 
+    def abort(self) -> None:
+        """Ends the connection at once, whatever is still to be sent."""
+        self._connection.transport.abort()
+
     def on_leave(self, act: Callable[[], Any] | None) -> None:
         """Acts when the client goes away; None for not any more."""
         self._connection.on_leave = act

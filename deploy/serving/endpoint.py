@@ -256,8 +256,12 @@ class Endpoint:
             return
         if is_last:
             headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        await send({"type": "http.response.body", "body": reply.body})
+        try:
+            async with asyncio.timeout(self._service.settings.body_timeout_s):
+                await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+                await send({"type": "http.response.body", "body": reply.body})
+        except TimeoutError:
+            call.exchange.abort()
 
 
 def error_reply(error: RequestError) -> Reply:

@@ -67,7 +67,9 @@ class Settings:
     max_wait_s: Annotated[float, "seconds that they may take, by what the last ones took; above it the same"] = 5
     max_connections: Annotated[int, "open connections; above it clients are told 503"] = 1024
     timeout_s: Annotated[float, "seconds until a request is given up, unless it asks for less"] = 30
-    body_timeout_s: Annotated[float, "seconds for a client to send its request"] = 30
+    body_timeout_s: Annotated[
+        float, "seconds for a client to send its request, or to read what it was answered before"
+    ] = 30
     capture_dir: Annotated[Path | None, "folder for a sample of the answers as Parquet; none is kept, if not given"] = (
         None
     )

@@ -186,6 +186,16 @@ def test_a_picture_is_measured_before_it_is_decoded(running: Running) -> None:
     assert running.client.post("/predict", content=encoded(colour_image("blau", size=(1, 1)))).status_code == 200
 
 
+def test_a_client_that_does_not_read_is_let_go(running: Running) -> None:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        asks = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 50
+        with pytest.raises(ConnectionError):  # once it is gone; as long as it is there, more may be asked
+            for _ in range(200):
+                line.sendall(asks)
+                time.sleep(0.1)
+
+
 def test_a_slow_or_broken_client_is_let_go(running: Running) -> None:
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
     assert b" 408 " in talk(running.port, head + b"half")
