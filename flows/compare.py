@@ -61,14 +61,15 @@ class Way:
 
 PROBE = {"train_head.method": "probe"}
 TUNED = {**PROBE, "finetune.enabled": "true"}
-SCRATCH = Way("scratch", "from random weights", {**TUNED, "finetune.stages": "[scratch]"})
+ALONE = {**TUNED, "finetune.num_processes": "1"}  # stages that several processes cannot share
+SCRATCH = Way("scratch", "from random weights", {**ALONE, "finetune.stages": "[scratch]"})
 WAYS = (
     Way("as_is", "pretrained, as it is", {"train_head.method": "as_is", "finetune.enabled": "false"}),
     SCRATCH,
     Way("probe", "feature extraction", {**PROBE, "finetune.enabled": "false"}),
     Way("top", "top layers fine-tuned", {**TUNED, "finetune.stages": "[top]"}),
     Way("full", "fine-tuned", {**TUNED, "finetune.stages": "[top,rest]"}),
-    Way("adversarial", "fine-tuned against attacks", {**TUNED, "finetune.stages": "[top,rest,adversarial]"}),
+    Way("adversarial", "fine-tuned against attacks", {**ALONE, "finetune.stages": "[top,rest,adversarial]"}),
 )
 
 
@@ -127,7 +128,7 @@ def scratch_seconds(layout: Layout) -> int:
         for folder in tuned
         if folder.is_dir()
     ]
-    return max(MIN_SCRATCH_S, *(round(each) for each in seconds))
+    return max([MIN_SCRATCH_S, *(round(each) for each in seconds)])
 
 
 def _seconds(path: Path) -> float:

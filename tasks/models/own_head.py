@@ -39,7 +39,7 @@ def own_head(weights_path: Path, architecture: str, *, columns: dict[str, int], 
         feature_dim: Width D of the embedding; the classifier reads its last part, the pooled last layer group.
     """
     family = family_of(architecture)
-    if family is None:
+    if family is None or not family.classifier or "@" in architecture:  # what ends early ends before its classifier
         return None
     with safe_open(weights_path, "np") as file:
         layers = {name: file.get_slice(name) for name in file.keys() if name.startswith(f"{family.classifier[0]}.")}  # noqa: SIM118  no mapping

@@ -142,9 +142,11 @@ class PixelClassifier(nn.Module):
         moving = [parameter for parameter in self.parameters() if parameter.requires_grad]
         for parameter in moving:
             parameter.requires_grad_(False)
-        yield
-        for parameter in moving:
-            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in moving:
+                parameter.requires_grad_(True)
 
     def images(self, pixels: NDArray[np.float32]) -> Tensor:
         """Pictures (B, 3, S, S) in [0, 1] of normalised ones."""
@@ -535,5 +537,7 @@ def _holding(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Ite
     """Other values in some tensors; their own come back."""
     own = copied(tensors)
     put(tensors, values)
-    yield
-    put(tensors, own)
+    try:
+        yield
+    finally:
+        put(tensors, own)

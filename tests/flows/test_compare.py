@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
-from flows.compare import close_sandbox, open_sandbox, scratch_seconds
+from flows.compare import WAYS, close_sandbox, open_sandbox, scratch_seconds
 from flows.workspace import git
 from tasks.layout import Layout
+from tasks.params import Params
 from tests.conftest import Workspace, wait_for
 
 
@@ -45,11 +47,23 @@ def test_the_sandbox_holds_the_workspace_as_it_is_and_leaves_it_alone(workspace:
 
 def test_random_weights_get_as_long_as_the_slowest_other_way_but_attacks(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
+    assert scratch_seconds(layout) == 10  # alone
     for name, seconds in (("probe", 1.0), ("full", 30.4), ("adversarial", 500.0)):
         (layout.compare_dir / name).mkdir(parents=True)
         for stage in ("train_head", "finetune"):
             (layout.compare_dir / name / f"{stage}_times.json").write_text(json.dumps({"seconds": seconds / 2}))
     assert scratch_seconds(layout) == 30
+
+
+def test_every_way_can_be_gone_where_training_has_several_processes(repository: Path) -> None:
+    yaml = YAML(typ="safe")
+    for way in WAYS:
+        values = yaml.load(repository / "params.yaml")
+        values["finetune"]["num_processes"] = 2
+        for key, text in way.changes.items():
+            section, name = key.split(".")
+            values[section][name] = yaml.load(text)
+        Params.model_validate(values)
 
 
 @pytest.mark.slow

@@ -201,6 +201,20 @@ def test_a_network_that_trains_in_bfloat16_is_attacked_in_float32(target: Target
     assert not torch.equal(trained_on, target.model(target.images[:20]))
 
 
+def test_what_was_held_moves_again_whatever_happened(target: Target) -> None:
+    moving = next(target.model.parameters()).requires_grad_(True)
+
+    def fail() -> None:
+        with target.model.held():
+            assert not moving.requires_grad
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail()
+    assert moving.requires_grad
+    moving.requires_grad_(False)
+
+
 def test_a_larger_epsilon_never_helps_the_defender(target: Target) -> None:
     accuracies = [target.pgd(epsilon / 255, num_steps=5) for epsilon in (0, 4, 16)]
     assert accuracies == sorted(accuracies, reverse=True)

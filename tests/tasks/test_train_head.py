@@ -536,8 +536,10 @@ class TestAsIs:
         arrays = {
             "classifier.0.weight": np.zeros((4, 3), np.float32),
             "classifier.3.weight": np.zeros((2, 4), np.float32),
+            "fc.weight": np.zeros((4, 3), np.float32),
         }
         save_file(arrays, tmp_path / "w.safetensors")
         columns = {"ant": 0}
         assert own_head(tmp_path / "w.safetensors", "mobilenet_v3_small", columns=columns, feature_dim=3) is None
-        assert own_head(tmp_path / "w.safetensors", "vgg11", columns=columns, feature_dim=3) is None
+        for architecture in ("vgg11", "timm:resnet18", "resnet18@layer3"):
+            assert own_head(tmp_path / "w.safetensors", architecture, columns=columns, feature_dim=3) is None
