@@ -54,6 +54,7 @@ from tasks.training.tuner import (
     copied,
     frozen_digest,
     interpolated,
+    is_out_of_memory,
     put,
     trainable_tensors,
 )
@@ -330,9 +331,21 @@ class _Stage:
         return length.steps / length.steps_per_epoch
 
     def _predicted(self, head: StandardisedHead, steps: int) -> dict[str, float]:
-        """Seconds of the stage's training either way, from the second of two batches."""
+        """Seconds of the stage's training either way, from a batch, or so much of one as memory holds."""
+        size = min(self.settings.batch_size, len(self.train.labels))
+        while True:
+            try:
+                return self._timed(head, steps, size)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+            forget_gradients(self.network, head)
+            size = (size + 1) // 2
+
+    def _timed(self, head: StandardisedHead, steps: int, size: int) -> dict[str, float]:
+        """The same from the second of two batches of ``size`` pictures."""
         source = RecomputedBoundary(self.network, self.group, self.train.pixels)
-        views, size = source.num_views, min(self.settings.batch_size, source.num_images)
+        views = source.num_views
         batches = [[(index, turn % views) for index in range(size)] for turn in range(2)]
         frozen_s = step_s = 0.0
         for batch in batches:
@@ -345,7 +358,8 @@ class _Stage:
             step_s = time.perf_counter() - began
         forget_gradients(self.network, head)
         kept = source.num_images * views / size
-        return {"cached": kept * frozen_s + steps * step_s, "recomputed": steps * (frozen_s + step_s)}
+        steps_of_size = steps * min(self.settings.batch_size, source.num_images) / size
+        return {"cached": kept * frozen_s + steps_of_size * step_s, "recomputed": steps_of_size * (frozen_s + step_s)}
 
     def _pace(self, head: StandardisedHead, source: BoundarySource) -> Pace:
         """Rates of the groups that move, and as many steps as the settings and their cost allow."""

@@ -642,6 +642,26 @@ def test_out_of_memory_halves_the_batch_and_comes_to_the_same_step(caplog: pytes
         torch.testing.assert_close(ends[1][name], tensor, rtol=1e-4, atol=2e-4, msg=name)
 
 
+def test_a_stage_whose_batch_memory_does_not_hold_halves_it_and_is_gone_through(
+    layout: Layout, repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The device is the only thing that is played: it has room to train on eight pictures."""
+
+    def hold(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        moves = isinstance(module, torch.nn.Conv2d) and module.weight.requires_grad and torch.is_grad_enabled()
+        if moves and len(inputs[0]) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    caplog.set_level("INFO")
+    device = torch.nn.modules.module.register_module_forward_pre_hook(hold)
+    try:
+        (record,) = run(layout, repository, stages=("top",)).stages
+    finally:
+        device.remove()
+    assert "out of memory with 16 pictures at once: going on with 8, same steps" in caplog.text
+    assert (record.epochs, record.steps) == (4, 4 * math.ceil((NUM_IMAGES - NUM_VAL) / 32))
+
+
 def test_an_error_that_is_not_about_memory_is_not_taken_for_one() -> None:
     network = small_network("mobilenet_v3_small")
     tuner = StageTuner(network, 1, blank_head(network), pace_of(network))
