@@ -25,6 +25,7 @@ from prefect.states import Completed
 
 from flows.clones import scratch_copy, take_snapshot
 from flows.run_log import told
+from flows.up.settings import MARK
 from flows.workspace import WorkspaceError, environment, exclusive, find_workspace
 from tasks.layout import Layout
 
@@ -143,7 +144,9 @@ def _fails(copy: Layout, command: Sequence[str], timeout_s: float) -> str | None
 
 def _run(copy: Layout, command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
     """In the scratch copy, and with a Prefect server of its own."""
-    told = {name: value for name, value in environment().items() if not name.startswith("PREFECT_")}
+    # Nothing of where this workspace, its registry or its key lie.
+    told = {name: value for name, value in environment().items() if not name.startswith(("PREFECT_", "TANUKI_"))}
+    told |= {MARK: os.environ[MARK]} if MARK in os.environ else {}
     apart = {
         **told,
         "PREFECT_HOME": str(copy.prefect_home),

@@ -182,7 +182,8 @@ def deployment_names(layout: Layout) -> list[str]:
 
 def _digest(layout: Layout, settings: UpSettings) -> dict[str, Any]:
     addresses = sha256_bytes("\n".join((settings.database or "", *settings.notify)).encode())
-    return {"recipe": RECIPE, "schedules": sha256_bytes(layout.schedules.read_bytes()), "addresses": addresses}
+    schedules = sha256_bytes(layout.schedules.read_bytes())
+    return {"recipe": RECIPE, "root": str(layout.root), "schedules": schedules, "addresses": addresses}
 
 
 def _missing_deployments(layout: Layout, client: SyncPrefectClient) -> set[str]:

@@ -45,6 +45,7 @@ def test_the_workers_user_has_a_name() -> None:
     (user,) = re.findall(r"^USER (\d+):\d+$", text, re.MULTILINE)
     assert f":x:{user}:" in text
     assert re.search(r"^ENV .* USER=\w+", text, re.MULTILINE)
+    assert "DVC_SITE_CACHE_DIR=/tmp/" in text  # else DVC makes a folder in /var/tmp, which is read-only
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from deploy.bundle import read_bundle
 from deploy.errors import TanukiError
-from flows.canary import CHECK, bounded, changes, try_out
+from flows.canary import CHECK, _run, bounded, changes, try_out
 from flows.clones import Snapshot, scratch_copy
 from flows.run_log import told
 from flows.scheduled_retrain import STATES
@@ -201,6 +201,13 @@ def test_a_canary_knows_what_moved_and_what_is_held_back() -> None:
 
 
 @pytest.mark.slow
+def test_a_canary_does_not_know_where_production_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TANUKI_ROOT", "TANUKI_REGISTRY", "TANUKI_SIGNING_KEY", "TANUKI_UP", "PREFECT_API_URL"):
+        monkeypatch.setenv(name, "production")
+    look = [sys.executable, "-c", "import os; print([name for name in os.environ if os.environ[name] == 'production'])"]
+    assert _run(Layout(tmp_path), look, 60).stdout == "['TANUKI_UP']\n"  # by which `tanuki up` finds what it started
+
+
 def test_what_a_canary_tries_works_with_what_is_installed(workspace: Workspace, tmp_path: Path) -> None:
     workspace.set_param("finetune.enabled", False)
     commit, head = (
