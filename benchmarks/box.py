@@ -105,7 +105,7 @@ class Box:
             return json.load(response)
 
     def api(self, path: str, body: dict[str, Any] | list[Any]) -> Any:
-        """What Prefect's server answers; asked again while it says that SQLite is locked, or says nothing."""
+        """What Prefect's server answers; asked again while it says that SQLite is locked."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.ports[1]}/api{path}",
             json.dumps(body).encode(),
@@ -119,10 +119,6 @@ class Box:
                 if error.code != 503:
                     raise
                 time.sleep(1)
-            except TimeoutError:
-                if not path.endswith("/filter"):
-                    raise  # what it began it may have done
-                print(f"    Prefect's server did not answer {path} within {API_S:.0f} s", flush=True)
 
     def runs(self, deployment: str) -> list[dict[str, Any]]:
         """The runs of a deployment that have begun or should have, the first first."""

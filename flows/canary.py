@@ -144,14 +144,13 @@ def _fails(copy: Layout, command: Sequence[str], timeout_s: float) -> str | None
 
 def _run(copy: Layout, command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
     """In the scratch copy, and with a Prefect server of its own."""
-    # Nothing of where this workspace, its registry or its key lie.
-    told = {name: value for name, value in environment().items() if not name.startswith(("PREFECT_", "TANUKI_"))}
-    told |= {MARK: os.environ[MARK]} if MARK in os.environ else {}
-    apart = {
-        **told,
-        "PREFECT_HOME": str(copy.prefect_home),
-        "PATH": os.pathsep.join((str(Path(command[0]).parent), told["PATH"])),
+    apart = {  # and nothing of where this workspace, its registry or its key lie
+        name: value
+        for name, value in environment().items()
+        if name == MARK or not name.startswith(("PREFECT_", "TANUKI_"))
     }
+    apart["PREFECT_HOME"] = str(copy.prefect_home)
+    apart["PATH"] = os.pathsep.join((str(Path(command[0]).parent), apart["PATH"]))
     return subprocess.run(
         list(command), cwd=copy.root, env=apart, capture_output=True, text=True, timeout=timeout_s, check=False
     )

@@ -128,7 +128,7 @@ def scratch_seconds(layout: Layout) -> int:
         for folder in tuned
         if folder.is_dir()
     ]
-    return max([MIN_SCRATCH_S, *(round(each) for each in seconds)])
+    return max((MIN_SCRATCH_S, *map(round, seconds)))
 
 
 def _seconds(path: Path) -> float:

@@ -48,8 +48,7 @@ def mend(layout: Layout) -> None:
     """Puts back what a kill left half written: from the copy, else as git has it, else away, to be made again."""
     if _is_held_by_the_dead(layout):
         layout.dvc_rwlock.unlink()
-    _drop_git_locks(layout.root)
-    _drop_parts(layout)
+    _drop_leftovers(layout)
     if layout.dvc_lock.is_file() and not is_whole(layout.dvc_lock.read_bytes()):
         copy = layout.dvc_lock_copy.read_bytes() if layout.dvc_lock_copy.is_file() else None
         _put_back(layout, "dvc.lock", copy or _committed(layout, "dvc.lock"))
@@ -83,20 +82,16 @@ def _is_held_by_the_dead(layout: Layout) -> bool:
         return True
 
 
-def _drop_git_locks(root: Path) -> None:
-    locks = [path for pattern in GIT_LOCKS for path in (root / ".git").glob(pattern)]
-    if locks and not _is_at_work(root):
-        for path in locks:
-            path.unlink(missing_ok=True)
-        logger.warning("git was killed here: %s dropped", ", ".join(str(path.relative_to(root)) for path in locks))
-
-
-def _drop_parts(layout: Layout) -> None:
+def _drop_leftovers(layout: Layout) -> None:
+    """Git's locks and DVC's half outputs."""
     folders = (layout.data, layout.images.parent, layout.head_dir.parent, layout.reports_dir, layout.evaluation_dir)
-    parts = [path for folder in folders for path in folder.glob(".*.tmp") if PART.fullmatch(path.name)]
-    if parts and not _is_at_work(layout.root):
-        for path in parts:
+    leftovers = [path for pattern in GIT_LOCKS for path in (layout.root / ".git").glob(pattern)]
+    leftovers += [path for folder in folders for path in folder.glob(".*.tmp") if PART.fullmatch(path.name)]
+    if leftovers and not _is_at_work(layout.root):
+        for path in leftovers:
             path.unlink(missing_ok=True)
+        names = ", ".join(str(path.relative_to(layout.root)) for path in leftovers)
+        logger.warning("git or DVC was stopped in the middle here: %s dropped", names)
 
 
 def _is_at_work(root: Path) -> bool:

@@ -59,12 +59,14 @@ class BatchTimes:
 
     Args:
         model: Who answered.
-        queue_s: How long each of its pictures waited; 0 for what was asked aside.
+        num_pictures: In it.
+        queue_s: How long each of its pictures waited; none for what was asked aside, which waits on purpose.
         decode_s: Decoding and preprocessing of them all.
         run_s: The network's run.
     """
 
     model: LiveModel
+    num_pictures: int
     queue_s: tuple[float, ...]
     decode_s: float
     run_s: float
@@ -230,8 +232,7 @@ class Batcher:
     def _run(self, jobs: list[_Job], started: float) -> BatchTimes:
         """Fills in the outcomes of jobs of one model."""
         model = jobs[0].request.model
-        # What is asked aside waits on purpose.
-        queue_s = tuple(0.0 if job.request.is_aside else started - job.request.queued_at for job in jobs)
+        queue_s = tuple(started - job.request.queued_at for job in jobs if not job.request.is_aside)
         decoded = [(job, pixels) for job in jobs if (pixels := self._pixels(job)) is not None]
         ready = time.monotonic()
         if decoded:
@@ -243,7 +244,7 @@ class Batcher:
                 logger.exception("version %d failed on a batch of %d", model.version, len(decoded))
                 for job, _ in decoded:
                     job.request.outcomes[job.index] = RequestError(500, "the model failed on this picture")
-        return BatchTimes(model, queue_s, ready - started, time.monotonic() - ready)
+        return BatchTimes(model, len(jobs), queue_s, ready - started, time.monotonic() - ready)
 
     def _pixels(self, job: _Job) -> NDArray[np.float32] | None:
         """What the network sees of a picture; None where the outcome is known: it cannot be read."""

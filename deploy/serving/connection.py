@@ -71,7 +71,7 @@ class Connection(HttpToolsProtocol):
     """A connection that gives a body to its request at once, and limits a request's head in size and in time."""
 
     on_leave: Callable[[], Any] | None = None  # of the request that is being answered
-    _head_bytes = _trailer_bytes = 0
+    _head_bytes = 0  # trailers included
     _awaits_head = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -84,13 +84,15 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._trailer_bytes > MAX_HEAD_BYTES:
-            self.transport.close()
-        elif self._awaits_head:
+        if self._awaits_head:
             self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self._have_head()
-                self.send_400_response(f"More than {MAX_HEAD_BYTES} bytes of headers.")
+        if self._head_bytes <= MAX_HEAD_BYTES or self.transport.is_closing():
+            return
+        if self._awaits_head:
+            self._have_head()
+            self.send_400_response(f"More than {MAX_HEAD_BYTES} bytes of headers.")
+        else:
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -101,7 +103,7 @@ class Connection(HttpToolsProtocol):
         if self._awaits_head:
             super().on_header(name, value)
         else:
-            self._trailer_bytes += len(name) + len(value)
+            self._head_bytes += len(name) + len(value)
 
     def on_headers_complete(self) -> None:
         self._have_head()
@@ -156,7 +158,7 @@ class Connection(HttpToolsProtocol):
         self._pieces, self._piece_bytes = [], 0
 
     def _await_head(self) -> None:
-        self._awaits_head, self._head_bytes, self._trailer_bytes = True, 0, 0
+        self._awaits_head, self._head_bytes = True, 0
         self._patience.set(HEAD_S, self.timeout_keep_alive_handler)
 
     def _have_head(self) -> None:

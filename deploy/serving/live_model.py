@@ -1,5 +1,6 @@
 """A version that answers: its bundle, the predictor that runs it, and what it did so far."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,16 @@ class Statistics:
     decode_ns: int = 0
     run_ns: int = 0
     last_ms: int = 0
+
+    def request(self, seconds: float, *, answered: bool) -> None:
+        """Counts a request that is over."""
+        if answered:
+            self.success += 1
+            self.success_ns += int(seconds * 1e9)
+            self.last_ms = int(time.time() * 1000)
+        else:
+            self.failed += 1
+            self.failed_ns += int(seconds * 1e9)
 
 
 @dataclass(eq=False)

@@ -167,8 +167,8 @@ class Metrics:
             self._queue_s.observe(seconds)
         self._decode_s.observe(times.decode_s)
         self._run_s.observe(times.run_s)
-        self._batch.observe(len(times.queue_s))
-        self._of_version(times.model.version).inc(len(times.queue_s))
+        self._batch.observe(times.num_pictures)
+        self._of_version(times.model.version).inc(times.num_pictures)
 
     def _of_version(self, version: int) -> Counter:
         if version not in self._versions:

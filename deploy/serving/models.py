@@ -146,11 +146,10 @@ class Models:
                 self._on_reload("swapped")
             self.problem = None
         except Exception as error:  # whatever is wrong with a new version, the old one goes on
-            if not isinstance(error, TanukiError | OSError):
-                logger.exception("the champion cannot be read")
+            is_known = isinstance(error, TanukiError | OSError)
             still = f"version {self.champion.version} goes on answering" if self.champion else "nothing answers"
-            if self.problem is None:
-                logger.error("the champion cannot be taken over, %s: %s", still, error)
+            if self.problem is None or not is_known:
+                logger.error("the champion cannot be taken over, %s: %s", still, error, exc_info=not is_known)
             self.problem = str(error)
             self._retry_at = time.monotonic() + RETRY_S
             self._on_reload("refused")

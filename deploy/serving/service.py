@@ -231,20 +231,13 @@ class Service:
         """
         start = time.monotonic()
         limit_s = min(timeout_s or self.settings.timeout_s, self.settings.timeout_s)
-        done = model.statistics
         try:
             outcomes = await self.batcher.answer(model, pictures, timeout_s=limit_s)
         except RequestError:
-            done.failed += 1
-            done.failed_ns += int((time.monotonic() - start) * 1e9)
+            model.statistics.request(time.monotonic() - start, answered=False)
             raise
-        if any(isinstance(outcome, Answer) for outcome in outcomes):
-            done.success += 1
-            done.success_ns += int((time.monotonic() - start) * 1e9)
-            done.last_ms = int(time.time() * 1000)
-        else:
-            done.failed += 1
-            done.failed_ns += int((time.monotonic() - start) * 1e9)
+        answered = any(isinstance(outcome, Answer) for outcome in outcomes)
+        model.statistics.request(time.monotonic() - start, answered=answered)
         if self._challenge is not None:
             self._challenge.offer(model, pictures, outcomes)
         if self.capture is not None:
@@ -253,7 +246,7 @@ class Service:
 
     def _count_batch(self, times: BatchTimes) -> None:
         done = times.model.statistics
-        done.pictures += len(times.queue_s)
+        done.pictures += times.num_pictures
         done.batches += 1
         done.queue_ns += int(sum(times.queue_s) * 1e9)
         done.decode_ns += int(times.decode_s * 1e9)

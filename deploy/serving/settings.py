@@ -64,7 +64,7 @@ class Settings:
     max_megapixels: Annotated[float, "largest picture, looked up in its header before it is decoded"] = 50
     max_pictures: Annotated[int, "pictures in a request"] = 64
     max_waiting: Annotated[int, "pictures that may wait for an answer; above it clients are told 429"] = 256
-    max_wait_s: Annotated[float, "seconds that they may take, by what the last ones took; above it the same"] = 5
+    max_wait_s: Annotated[float, "seconds that these may take, by what the last ones took; above it 429 as well"] = 5
     max_connections: Annotated[int, "open connections; above it clients are told 503"] = 1024
     timeout_s: Annotated[float, "seconds until a request is given up, unless it asks for less"] = 30
     body_timeout_s: Annotated[

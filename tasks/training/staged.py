@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import PurePath
 from typing import Any, TypeVar
 
@@ -53,8 +54,8 @@ from tasks.training.tuner import (
     StandardisedHead,
     copied,
     frozen_digest,
+    halved_until_it_fits,
     interpolated,
-    is_out_of_memory,
     put,
     trainable_tensors,
 )
@@ -333,17 +334,11 @@ class _Stage:
     def _predicted(self, head: StandardisedHead, steps: int) -> dict[str, float]:
         """Seconds of the stage's training either way, from a batch, or so much of one as memory holds."""
         size = min(self.settings.batch_size, len(self.train.labels))
-        while True:
-            try:
-                return self._timed(head, steps, size)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or size == 1:
-                    raise
-            forget_gradients(self.network, head)
-            size = (size + 1) // 2
+        return halved_until_it_fits(partial(self._timed, head, steps), size)
 
     def _timed(self, head: StandardisedHead, steps: int, size: int) -> dict[str, float]:
         """The same from the second of two batches of ``size`` pictures."""
+        forget_gradients(self.network, head)  # of an attempt that memory did not hold
         source = RecomputedBoundary(self.network, self.group, self.train.pixels)
         views = source.num_views
         batches = [[(index, turn % views) for index in range(size)] for turn in range(2)]

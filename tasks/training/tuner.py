@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ ANY_SIZE = 2**31  # of a part, where memory holds the batch
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class DivergedError(Exception):
@@ -203,15 +205,13 @@ class StageTuner:
 
     def _halve_until_it_fits(self, loss_of: Callable[[slice], Tensor], batch_size: int, weight: float) -> float:
         """The same, in this process alone."""
-        while True:
-            size = min(self.part_size or batch_size, batch_size)
-            try:
-                return self._in_parts(loss_of, batch_size, weight)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or size == 1:
-                    raise
-            self.part_size = (size + 1) // 2
-            logger.warning("out of memory with %d pictures at once: going on with %d, same steps", size, self.part_size)
+
+        def attempt(size: int) -> float:
+            if size < batch_size:
+                self.part_size = size
+            return self._in_parts(loss_of, batch_size, weight)
+
+        return halved_until_it_fits(attempt, min(self.part_size or batch_size, batch_size))
 
     def _in_parts(self, loss_of: Callable[[slice], Tensor], batch_size: int, weight: float) -> float:
         """One attempt; several processes exchange gradients with the last part."""
@@ -267,6 +267,23 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether a device or the machine had no memory left; torch's CPU says so in a plain RuntimeError."""
     text = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY)
+
+
+def halved_until_it_fits(attempt: Callable[[int], T], size: int) -> T:
+    """What an attempt with ``size`` pictures at once returns, or with half of them and so on where memory ends.
+
+    Raises:
+        Exception: Of the attempt, if it was another one or came with a single picture.
+    """
+    while True:
+        try:
+            return attempt(size)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+        half = (size + 1) // 2
+        logger.warning("out of memory with %d pictures at once: going on with %d, same steps", size, half)
+        size = half
 
 
 def trainable_tensors(network: Network, group: int, head: StandardisedHead) -> dict[str, nn.Parameter]:

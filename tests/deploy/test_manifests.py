@@ -39,7 +39,7 @@ def test_hadolint_accepts_a_dockerfile(dockerfile: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_the_workers_user_has_a_name() -> None:
+def test_the_worker_bears_a_user_without_a_name_and_a_read_only_disk() -> None:
     """Of a number alone, DVC and ssh know nothing and end; $USER is what DVC believes of any other number."""
     text = (DEPLOY / "docker" / "Dockerfile.train").read_text()
     (user,) = re.findall(r"^USER (\d+):\d+$", text, re.MULTILINE)

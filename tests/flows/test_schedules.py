@@ -200,7 +200,6 @@ def test_a_canary_knows_what_moved_and_what_is_held_back() -> None:
     assert "numpy" not in held
 
 
-@pytest.mark.slow
 def test_a_canary_does_not_know_where_production_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TANUKI_ROOT", "TANUKI_REGISTRY", "TANUKI_SIGNING_KEY", "TANUKI_UP", "PREFECT_API_URL"):
         monkeypatch.setenv(name, "production")
@@ -208,6 +207,7 @@ def test_a_canary_does_not_know_where_production_lies(tmp_path: Path, monkeypatc
     assert _run(Layout(tmp_path), look, 60).stdout == "['TANUKI_UP']\n"  # by which `tanuki up` finds what it started
 
 
+@pytest.mark.slow
 def test_what_a_canary_tries_works_with_what_is_installed(workspace: Workspace, tmp_path: Path) -> None:
     workspace.set_param("finetune.enabled", False)
     commit, head = (

@@ -62,9 +62,17 @@ def test_each_picture_gets_its_own_answer_in_its_own_place(model: LiveModel) -> 
         assert batcher.waiting == 0
 
     batches = with_batcher(use)
-    assert sum(len(batch.queue_s) for batch in batches) == 24
-    assert max(len(batch.queue_s) for batch in batches) <= 4
+    assert sum(batch.num_pictures for batch in batches) == 24
+    assert max(batch.num_pictures for batch in batches) <= 4
     assert model.in_flight == 0
+
+
+def test_what_is_asked_aside_is_counted_and_its_wait_is_not(model: LiveModel) -> None:
+    async def use(batcher: Batcher) -> None:
+        for is_aside in (True, False):
+            await batcher.answer(model, [colour_image(LABELS[0])], timeout_s=30, is_aside=is_aside)
+
+    assert [(batch.num_pictures, len(batch.queue_s)) for batch in with_batcher(use)] == [(1, 0), (1, 1)]
 
 
 def test_idle_threads_share_what_waits(model: LiveModel) -> None:
@@ -73,7 +81,7 @@ def test_idle_threads_share_what_waits(model: LiveModel) -> None:
         await batcher.answer(model, [colour_image("blau", size=(400, 400))] * 4, timeout_s=30)
 
     batches = with_batcher(use)
-    assert max(len(batch.queue_s) for batch in batches) == 2
+    assert max(batch.num_pictures for batch in batches) == 2
 
 
 def test_a_picture_that_cannot_be_read_costs_the_others_nothing(model: LiveModel) -> None:
@@ -134,7 +142,7 @@ def test_what_nobody_waits_for_any_more_is_not_computed(model: LiveModel) -> Non
         assert batcher.waiting == 0
 
     batches = with_batcher(use, threads=1)
-    assert sum(len(batch.queue_s) for batch in batches) == 2
+    assert sum(batch.num_pictures for batch in batches) == 2
     assert model.in_flight == 0
 
 

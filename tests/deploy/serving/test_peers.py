@@ -3,19 +3,15 @@
 import asyncio
 import json
 import socket
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-from deploy.serving.peers import Handlers, Kind, Peers
+from deploy.serving.peers import Peers
 
 
 def test_an_answer_that_comes_too_late_goes_to_nobody() -> None:
     async def run() -> None:
         ours, theirs = socket.socketpair()
-        kinds: tuple[Kind, ...] = ("metrics", "statistics", "look", "comparisons")
-        nothing: Callable[[], Awaitable[Any]] = _nothing
-        handlers: Handlers = dict.fromkeys(kinds, nothing)
-        peers = Peers(ours, handlers)
+        peers = Peers(ours, {})
         await peers.start()
         reader, writer = await asyncio.open_connection(sock=theirs)
 
@@ -38,7 +34,3 @@ def test_an_answer_that_comes_too_late_goes_to_nobody() -> None:
         writer.close()
 
     asyncio.run(run())
-
-
-async def _nothing() -> None:
-    return None
