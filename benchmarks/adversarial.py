@@ -21,7 +21,7 @@ from deploy.machine import available_cores
 from flows.sample import lay_out_sample
 from tasks import finetune
 from tasks.__main__ import run_stage
-from tasks.attack import classifier, measure, test_images
+from tasks.attack import attacked_on, classifier, measure, test_images
 from tasks.layout import Layout
 from tasks.params import load_params
 from tasks.training.staged import deterministic_torch
@@ -56,8 +56,9 @@ def main() -> None:
         data, size = test_images(layout), params.finetune.batch_size
         work = {"num_images": arguments.images, "epsilon": adversarial.epsilon / 255, "seed": params.seed}
         work |= {"batch_size": size, "confidence": params.evaluate.confidence}
-        with deterministic_torch(available_cores()):
-            found = {name: measure(classifier(layout, *files), data, **work) for name, files in models.items()}
+        device = attacked_on(settings)
+        with deterministic_torch(available_cores(), strict=device == "cpu"):
+            found = {name: measure(classifier(layout, *files, device), data, **work) for name, files in models.items()}
     print(f"epsilon {adversarial.epsilon:g}/255, {adversarial.attack}, {report.stages[-1].reason}\n")
     names = next(iter(found.values()))
     print(f"| | {' | '.join(names)} |\n|---|{'---|' * len(names)}")

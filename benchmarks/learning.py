@@ -44,7 +44,7 @@ from torch import nn
 from deploy.machine import available_cores
 from tasks import finetune, train_head
 from tasks.__main__ import run_stage
-from tasks.attack import classifier
+from tasks.attack import attacked_on, classifier
 from tasks.data.features import load_features
 from tasks.data.manifest import read_manifest, write_manifest
 from tasks.data.views import view_names
@@ -54,7 +54,7 @@ from tasks.models.architectures import Network, build_network
 from tasks.models.backbone_card import read_card
 from tasks.models.head import Head, read_head
 from tasks.params import Params, load_params
-from tasks.training.adversarial import answered_rightly, fixed_rows, robustness_attacks
+from tasks.training.adversarial import PixelClassifier, answered_rightly, fixed_rows, robustness_attacks
 from tasks.training.augmented import LabelledPixels
 from tasks.training.boundary import open_boundary
 from tasks.training.linear_probe import mean_recall
@@ -157,20 +157,23 @@ def _tuned(layout: Layout, params: Params, way: str) -> Facts:
     head, data = read_head(head_dir), _test_pixels(layout, params)
     network = finetune._load_network(layout, read_card(layout.backbone_card))
     network.load_trunk(load_file(weights))
-    with deterministic_torch(available_cores()):
+    device = attacked_on(params.finetune)
+    network.to(device)
+    with deterministic_torch(available_cores(), strict=device == "cpu"):
         logits = logits_of(network, head, data.pixels, params.finetune.batch_size)
         facts |= _answers(head, logits, [head.labels[label] for label in data.labels])
         if way == "adversarial":
-            facts |= _attacked(layout, params, data, {"probe": layout.backbone_weights, "adversarial": weights})
+            networks = {"probe": (layout.backbone_weights, layout.head_dir), "adversarial": (weights, head_dir)}
+            models = {name: classifier(layout, *files, device) for name, files in networks.items()}
+            facts |= _attacked(params, data, models)
     return facts
 
 
-def _attacked(layout: Layout, params: Params, data: LabelledPixels, networks: Mapping[str, Path]) -> Facts:
+def _attacked(params: Params, data: LabelledPixels, models: Mapping[str, PixelClassifier]) -> Facts:
     """Accuracy of probe and hardened network on the same test images, clean, under FGSM and PGD-20."""
     settings, facts = params.finetune.adversarial, Facts()
     rows = fixed_rows(data, settings.val_images)
-    for name, weights in networks.items():
-        model = classifier(layout, weights, layout.head_dir if name == "probe" else layout.finetuned_dir)
+    for name, model in models.items():
         attacks = robustness_attacks(model, settings.epsilon / 255)
         right = answered_rightly(model, data, rows, attacks, seed=(0,), batch_size=params.finetune.batch_size)
         facts[f"under_attack_{name}"] = {

@@ -30,6 +30,7 @@ from tasks.training.adversarial import MEANING, PixelClassifier, answered_rightl
 from tasks.training.attacks import pgd
 from tasks.training.augmented import LabelledPixels, PixelSource
 from tasks.training.auto_attack import auto_attack, is_installed
+from tasks.training.device import choose_compute, this_machine
 from tasks.training.staged import deterministic_torch
 
 if TYPE_CHECKING:
@@ -83,10 +84,11 @@ def run(
     weights = layout.finetuned_dir / NETWORK_NAME if tuned else layout.backbone_weights
     if not is_installed():
         logger.warning("without AutoAttack: it needs the extra robust (uv pip install 'tanuki[robust]')")
-    with deterministic_torch(available_cores()):
+    device = attacked_on(finetune)
+    with deterministic_torch(available_cores(), strict=device == "cpu"):
         data = test_images(layout)
         accuracy = measure(
-            classifier(layout, weights, layout.finetuned_dir if tuned else layout.head_dir),
+            classifier(layout, weights, layout.finetuned_dir if tuned else layout.head_dir, device),
             data,
             num_images=attack.images,
             epsilon=finetune.adversarial.epsilon / 255,
@@ -106,14 +108,24 @@ def run(
     )
 
 
-def classifier(layout: Layout, weights: Path, head_dir: Path) -> PixelClassifier:
-    """A network from its files, pictures in [0, 1] to logits."""
+def attacked_on(finetune: FinetuneParams) -> str:
+    """Where to attack: on ``finetune.device``, but for MPS, which AutoAttack's toolbox does not know.
+
+    Raises:
+        ParamsError: If it is not there.
+    """
+    device = choose_compute(finetune.device, "float32", this_machine()).device
+    return "cpu" if device == "mps" else device
+
+
+def classifier(layout: Layout, weights: Path, head_dir: Path, device: str) -> PixelClassifier:
+    """A network from its files on a device, pictures in [0, 1] to logits."""
     card, head = read_card(layout.backbone_card), read_head(head_dir)
     network = build_network(card.architecture, depths=card.depths)
     network.load_trunk(load_file(weights))
     linear = nn.Linear(network.feature_dim, len(head.labels))
     linear.load_state_dict({"weight": tensor(head.weight), "bias": tensor(head.bias)})
-    return PixelClassifier(network, linear, card.mean, card.std)
+    return PixelClassifier(network.to(device), linear.to(device), card.mean, card.std)
 
 
 def test_images(layout: Layout) -> LabelledPixels:

@@ -55,7 +55,7 @@ def auto_attack(
         input_shape=tuple(images.shape[1:]),
         nb_classes=num_classes,
         clip_values=(0.0, 1.0),
-        device_type="cpu",
+        device_type="gpu" if images.is_cuda else "cpu",
     )
     size = {"batch_size": len(images), "verbose": False}
     ball = {"norm": np.inf, "eps": epsilon}
@@ -66,15 +66,16 @@ def auto_attack(
         DeepFool(target, max_iter=DEEPFOOL_STEPS, nb_grads=min(NUM_GRADIENTS, num_classes), **size),
         SquareAttack(target, **ball, max_iter=square_queries, nb_restarts=1, **size),
     ]
+    given = images.cpu().numpy()
     state = np.random.get_state()
     np.random.seed(seed)
     try:
         found: NDArray[np.float32] = AutoAttack(
             target, **ball, eps_step=step["eps_step"], attacks=attacks, batch_size=len(images)
-        ).generate(x=images.numpy().copy(), y=labels.numpy())
+        ).generate(x=given.copy(), y=labels.cpu().numpy())
     finally:
         np.random.set_state(state)
-    outside = float(np.abs(found - images.numpy()).max()) - epsilon
+    outside = float(np.abs(found - given).max()) - epsilon
     if outside > ROUNDING or found.min() < 0 or found.max() > 1:
         raise RuntimeError(f"AutoAttack left its bounds by {outside:g}")
-    return torch.from_numpy(found)
+    return torch.from_numpy(found).to(images.device)

@@ -461,6 +461,19 @@ def test_what_ships_is_attacked_on_test_images_and_hardly_withstands(attackable:
         attack.run(attackable, seed=0, attack=params.attack, **work)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_a_gpu_finds_what_the_cpu_finds(attackable: Layout, repository: Path) -> None:
+    params = load_params(repository / "params.yaml")
+    found = {}
+    for device in ("cpu", "cuda"):
+        settings = params.finetune.model_copy(update={"device": device})
+        work = {"attack": params.attack.model_copy(update={"images": 12}), "evaluate": params.evaluate}
+        found[device] = attack.run(attackable, seed=0, finetune=settings, **work).accuracy
+    assert found["cuda"].keys() == found["cpu"].keys()
+    for name, on_cpu in found["cpu"].items():
+        assert found["cuda"][name].accuracy == pytest.approx(on_cpu.accuracy, abs=0.1)  # one picture of twelve
+
+
 @pytest.mark.slow
 def test_auto_attack_leaves_an_undefended_model_nothing_and_queries_do_not_beat_gradients(target: Target) -> None:
     """At 12/255: what APGD leaves standing costs hundreds of passes more."""

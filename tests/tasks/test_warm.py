@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tasks import warm
 
@@ -62,18 +64,24 @@ def hang_up() -> Iterator[None]:
 def host(repository: Path, tmp_path: Path, hang_up: None) -> Iterator[Host]:
     (tmp_path / "tell.py").write_text(TELL)
     (tmp_path / "last.py").write_text(LAST)
-    environment = {**os.environ, "PYTHONPATH": str(repository), "WORD": "grüße", warm.ADDRESS: str(tmp_path / "door")}
+    with hosting(repository, tmp_path, "no_such_library", "fractions") as host:
+        yield host
+
+
+@contextmanager
+def hosting(repository: Path, folder: Path, *libraries: str) -> Iterator[Host]:
+    environment = {**os.environ, "PYTHONPATH": str(repository), "WORD": "grüße", warm.ADDRESS: str(folder / "door")}
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(environment[warm.ADDRESS])
         door.listen()
         process = subprocess.Popen(
-            [sys.executable, "-m", "tasks.warm", "--serve", str(door.fileno()), "no_such_library", "fractions"],
-            cwd=tmp_path,
+            [sys.executable, "-m", "tasks.warm", "--serve", str(door.fileno()), *libraries],
+            cwd=folder,
             env=environment | {"WORD": "of the host"},
             stdin=subprocess.PIPE,
             pass_fds=[door.fileno()],
         )
-    yield Host(tmp_path, process, environment)
+    yield Host(folder, process, environment)
     assert process.stdin is not None
     process.stdin.close()
     process.wait(timeout=60)
@@ -158,3 +166,12 @@ def test_it_outlives_who_started_it_until_its_forks_have_ended(host: Host) -> No
     asker.terminate()
     asker.communicate(timeout=60)
     assert host.process.wait(timeout=60) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_forks_use_the_gpu(repository: Path, tmp_path: Path, hang_up: None) -> None:
+    """Which none can whose parent has: CUDA does not live through a fork."""
+    (tmp_path / "adds.py").write_text("import torch\nprint(torch.ones(3, device='cuda').sum().item())")
+    with hosting(repository, tmp_path, "torch") as host:
+        for _ in range(2):
+            assert host.ask("adds").communicate(timeout=120) == ("3.0\n", "")
