@@ -188,7 +188,7 @@ def _speed(layout: Layout, params: Params) -> Facts:
     card, head, images = read_card(layout.backbone_card), read_head(layout.head_dir), read_manifest(layout.accepted)
     num_train, num_val = (int((images["split"] == split).sum()) for split in ("train", "val"))
     settings, sessions = (
-        finetune._settings(card, params.seed, params.finetune),
+        finetune._settings(card, params.seed, params.finetune, "cpu"),
         finetune._open_preprocessing(layout, card),
     )
     size, views = settings.batch_size, params.finetune.views

@@ -61,13 +61,14 @@ if TYPE_CHECKING:
     from tasks.layout import Layout
     from tasks.models.architectures import Network
     from tasks.params import AugmentParams, FinetuneParams
-    from tasks.training.device import Compute
+    from tasks.training.device import Compute, DeviceName
     from tasks.training.staged import EpochRecord, FineTuned, StageRecord, StageTimes
 
 NETWORK_NAME = "network.safetensors"
 FACTS_NAME = "finetuned.json"
 CHECKPOINT_NAME = "finetune.safetensors"
 BYTES_PER_GB = 1_000_000_000
+CPU_TFLOP, GPU_TFLOP = 50.0, 5_000.0  # of a stage: minutes on two cores, and on a GPU of today
 SCRATCH_VIEWS = 16  # nothing is kept of them, and random weights need more variety
 EPOCH_COLUMNS = ("number", "stage", "epoch", "step", "train_loss", "val_nll", "val_accuracy")
 
@@ -193,7 +194,11 @@ def _tuned(
         sessions = _open_preprocessing(layout, card)
         train_pixels = _labelled(layout, train, head, sessions, report.views, augment)
         val_pixels = _labelled(layout, val, head, sessions, (CENTRE,), augment)
-        work: dict[str, Any] = {"train": train_pixels, "val": val_pixels, "settings": _settings(card, seed, finetune)}
+        work: dict[str, Any] = {
+            "train": train_pixels,
+            "val": val_pixels,
+            "settings": _settings(card, seed, finetune, compute.device),
+        }
         told = partial(_write_epochs, layout) if processes.is_first() else lambda _: None
         work |= {"checkpoints": checkpoints, "on_epoch": told}
         plain = [stage for stage in finetune.stages if stage not in (ADVERSARIAL, SCRATCH)]
@@ -324,10 +329,10 @@ def _labelled(
     return LabelledPixels(pixels, np.array([index_of[label] for label in rows["label"]], np.int64))
 
 
-def _settings(card: BackboneCard, seed: int, finetune: FinetuneParams) -> TuningSettings:
+def _settings(card: BackboneCard, seed: int, finetune: FinetuneParams, device: DeviceName) -> TuningSettings:
     """The parameters, with what is ``auto`` taken from the family's recipe."""
     recipe = recipe_for(card.architecture)
-    rate = finetune.learning_rate
+    rate, tflop = finetune.learning_rate, finetune.max_tflop
     return TuningSettings(
         seed=seed,
         recipe=recipe,
@@ -340,7 +345,7 @@ def _settings(card: BackboneCard, seed: int, finetune: FinetuneParams) -> Tuning
         batch_size=finetune.batch_size,
         epochs=finetune.epochs,
         max_steps=finetune.max_steps,
-        max_tflop=finetune.max_tflop,
+        max_tflop=(CPU_TFLOP if device == "cpu" else GPU_TFLOP) if tflop == "auto" else tflop,
         boundary_cache_bytes=int(finetune.boundary_cache_gb * BYTES_PER_GB),
     )
 

@@ -146,7 +146,7 @@ class FinetuneParams(Section):
     min_val_images: Positive
     epochs: Positive | Auto
     max_steps: Positive
-    max_tflop: Annotated[float, Field(gt=0)]
+    max_tflop: Annotated[float, Field(gt=0)] | Auto
     batch_size: Positive
     learning_rate: Annotated[float, Field(gt=0)] | Auto
     layer_decay: Annotated[float, Field(gt=0, le=1)]
