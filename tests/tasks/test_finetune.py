@@ -737,6 +737,17 @@ def test_from_scratch_starts_from_random_weights_and_is_taken_as_it_is(layout: L
     assert not layout.checkpoints_dir.exists()
 
 
+def test_random_weights_that_diverge_leave_the_probe_and_say_so(layout: Layout, repository: Path) -> None:
+    scratch = scratch_of(repository, 1e-3).model_copy(update={"learning_rate": 1e30})
+    report = run(layout, repository, stages=("scratch",), scratch=scratch)
+    (record,) = report.stages
+    assert (report.kept, record.kept, record.val_accuracy_after) == ((), False, None)
+    assert record.reason.startswith("dropped: it diverged, the loss is nan at step ")
+    assert record.epochs >= 1
+    assert [path.name for path in layout.finetuned_dir.iterdir()] == ["finetuned.json"]
+    assert not layout.checkpoints_dir.exists()
+
+
 def load_trunk(layout: Layout) -> Network:
     card = read_card(layout.backbone_card)
     return build_network(card.architecture, depths=card.depths)
@@ -940,6 +951,32 @@ def read_position(path: Path) -> dict[str, Any]:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     values: dict[str, Any] = json.loads(header["__metadata__"]["tanuki"])["position"]
     return values
+
+
+class SlowToTheSecondEpoch(InterruptAtSecondEpoch):
+    """The same after a first epoch that takes two seconds more."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "train loss" in record.getMessage() and not self.epochs:
+            time.sleep(2)
+        super().emit(record)
+
+
+def test_a_resumed_run_tells_the_seconds_before_it_was_interrupted_too(
+    layout: Layout, repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="tasks")
+    logger, handler = logging.getLogger("tasks.training.staged"), SlowToTheSecondEpoch()
+    logger.addHandler(handler)
+    with pytest.raises(KeyboardInterrupt):
+        run(layout, repository, stages=("top",))
+    logger.removeHandler(handler)
+    began = time.perf_counter()
+    run(layout, repository, stages=("top",))
+    resumed_s = time.perf_counter() - began
+    assert json.loads(layout.times("finetune").read_text())["seconds"] > resumed_s + 1
+    run(layout, repository, stages=("top",))
+    assert json.loads(layout.times("finetune").read_text())["seconds"] < resumed_s + 1, "a run of its own"
 
 
 @pytest.mark.slow
