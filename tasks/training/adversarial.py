@@ -307,12 +307,12 @@ class _Adversarial:
             val_accuracy_before=rounded(float(before["clean"].mean())),
             robustness_before=_shares(before),
         )
-        try:
-            best, progress = self._train(StageTuner(network, 0, self.head, pace), before, resumed)
+        best, progress, trouble = self._train(StageTuner(network, 0, self.head, pace), before, resumed)
+        if best:
             put(tensors, best)
             record = replace(record, **self._judged(before, progress))
-        except DivergedError as error:
-            record = replace(record, reason=f"dropped: {error}")
+        early = f"; stopped early: {trouble}" if trouble else ""
+        record = replace(record, reason=f"{record.reason}{early}" if best else f"dropped: {trouble}")
         if not record.kept:
             put(tensors, start)
         if frozen_digest(network, 0) != frozen:
@@ -351,8 +351,12 @@ class _Adversarial:
 
     def _train(
         self, tuner: StageTuner, before: Rights, resumed: Checkpoint | None
-    ) -> tuple[dict[str, Tensor], _Progress]:
-        """All epochs; the averaged weights of the best one."""
+    ) -> tuple[dict[str, Tensor], _Progress, str | None]:
+        """All epochs, or those before the loss was no number any more.
+
+        Returns:
+            The averaged weights of the best one (none where that was the first), how far it came, and what went wrong.
+        """
         kept = kept_tensors(tuner.network, self.tuned.head)  # what an interrupted run starts from
         progress, best, epoch = _Progress(self.adversarial.attack), dict[str, Tensor](), 0
         if resumed:
@@ -361,7 +365,11 @@ class _Adversarial:
             tuner.restore(resumed.tensors, resumed.position["step"])
         while epoch < tuner.pace.length.epochs:
             began = time.perf_counter()
-            loss = self._run_epoch(tuner, epoch, progress.attack)
+            try:
+                loss = self._run_epoch(tuner, epoch, progress.attack)
+            except DivergedError as error:
+                logger.warning("stage %s, epoch %d: %s", ADVERSARIAL, epoch + 1, error)
+                return best, progress, str(error)
             guarded = self._guarded() if progress.attack == "fgsm_rs" else None
             if has_collapsed(progress.guarded, guarded, self.adversarial.max_fall):
                 told = (ADVERSARIAL, epoch + 1, progress.guarded, guarded)
@@ -387,7 +395,7 @@ class _Adversarial:
             self.on_epoch(self.curve)
             position = {**position_of(self.tuned.records, self.curve, epoch, tuner.step), ADVERSARIAL: asdict(progress)}
             self.checkpoints.save(Checkpoint(position, {**kept, **tuner.state(), **prefixed("best", best)}))
-        return best, progress
+        return best, progress, None
 
     def _go_back(self, tuner: StageTuner) -> None:
         """To the end of the epoch before, which is in the checkpoint."""
