@@ -533,6 +533,16 @@ def test_a_stage_that_costs_too_much_is_cut_short_or_left_out(layout: Layout, re
     assert report.stages[0].steps == 0
 
 
+def test_what_is_frozen_is_not_kept_for_more_views_than_the_limit_of_work_lets_training_see(
+    layout: Layout, repository: Path
+) -> None:
+    """Ten epochs of four views, of which the limit affords less than three."""
+    changes: dict[str, Any] = {"stages": ("top",), "views": 4, "epochs": 10, "batch_size": 5}
+    (record,) = run(layout, repository, **changes, max_tflop=1e-3).stages
+    assert (record.boundary, record.limited_by) == ("recomputed", "max_tflop")
+    assert record.steps < 4 * (NUM_IMAGES - NUM_VAL) / 5
+
+
 def test_a_diverging_stage_is_dropped(layout: Layout, repository: Path) -> None:
     report = run(layout, repository, learning_rate=1e30, warmup_fraction=0.0)
     assert report.kept == ()
