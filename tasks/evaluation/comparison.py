@@ -125,10 +125,10 @@ def what_is_needed(outcomes: Sequence[Outcome], missing: Sequence[Missing], *, b
         ("full", "Fine-tuning"),
         ("adversarial", "Fine-tuning against attacks"),
     ):
-        if name in by_name and name != "top":
+        if name in by_name:
             sentences.append(_brings(subject, by_name[name], probe))
         elif name in reasons:
-            sentences.append(f"{subject}: {reasons[name]}.")
+            sentences.append(f"{subject} came to nothing ({reasons[name]}).")
     start, hardened = by_name.get("full"), by_name.get("adversarial")
     if hardened and hardened.robust_accuracy is not None and start and start.robust_accuracy is not None:
         sentences.append(

@@ -208,8 +208,11 @@ def test_ways_that_were_not_tried_or_diverged_have_a_row_that_says_so_and_no_num
         "scratch": "dropped: it diverged, the loss is nan",
         "adversarial": "not tried: finetune.max_tflop affords 3 steps",
     }
-    assert f"Fine-tuning the top layers: not tried: {few}." in report.needs
-    assert "Training from random weights for as long: dropped: it diverged, the loss is nan." in report.needs
+    assert f"Fine-tuning the top layers came to nothing (not tried: {few})." in report.needs
+    assert (
+        "Training from random weights for as long came to nothing (dropped: it diverged, the loss is nan)."
+        in report.needs
+    )
     assert not any("for as long brings" in sentence for sentence in report.needs)
     page, table = ((ways.compare_dir / name).read_text() for name in ("index.html", "comparison.md"))
     assert few in page
