@@ -66,7 +66,7 @@ from tasks.training.tuner import Pace, StageTuner, StandardisedHead
 
 BEFORE = ("fetch_backbone", "index_images", "validate_data", "cache_features", "train_head")
 STAGES = {"scratch": ("scratch",), "top": ("top",), "full": ("top", "rest"), "adversarial": ("adversarial",)}
-WAYS = ("prototypes", "probe", "imbalance", "speed", *STAGES)
+WAYS = ("probe", "prototypes", "imbalance", "speed", *STAGES)  # the probe first: others are told beside it
 CUT = 10  # what is left of every other class: one in so many
 TIMED_STEPS = 3
 CONFIDENCE = 0.95
@@ -291,9 +291,10 @@ def table(lines: Sequence[Facts]) -> str:
         if not found:
             continue
         values = np.array([each["accuracy"] for each in found.values()])
-        pairs = [each["accuracy"] - by_way["probe"][seed]["accuracy"] for seed, each in found.items()]
+        probes = by_way["probe"]
+        pairs = [each["accuracy"] - probes[seed]["accuracy"] for seed, each in found.items() if seed in probes]
         kept = f"{sum(bool(each['kept']) for each in found.values())} of {len(found)}" if way in STAGES else ""
-        told = "" if way == "probe" else _interval(100 * np.array(pairs))
+        told = _interval(100 * np.array(pairs)) if pairs and way != "probe" else ""
         nll, seconds = (np.array([each[fact] for each in found.values()]) for fact in ("nll", "seconds"))
         rows.append(
             f"| {way} | {len(found)} | {values.mean():.3f} | {values.min():.3f} to {values.max():.3f} | {told} "
@@ -361,9 +362,12 @@ def main() -> None:
                 with arguments.results.open("a") as file:
                     file.write(json.dumps(lines[-1]) + "\n")
     if lines:
-        first = next(line for line in lines if line["way"] == "probe")
-        sizes = ", ".join(f"{first[f'num_{split}']} {split}" for split in ("train", "val", "test"))
-        print(f"{arguments.set}, {arguments.architecture}, {sizes} images (seed 0), {available_cores()} cores\n")
+        sizes = [
+            f"{line['num_train']} train, {line['num_val']} val, {line['num_test']} test images (seed {line['seed']})"
+            for line in lines
+            if "num_train" in line
+        ]
+        print(", ".join([arguments.set, arguments.architecture, *sizes[:1], f"{available_cores()} cores"]), end="\n\n")
         print(table(lines))
 
 

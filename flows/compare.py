@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,13 @@ def compare(root: Path | str = ".", ways: tuple[str, ...] = ()) -> dict[str, Any
 
     Args:
         root: The workspace.
-        ways: Names of those to run; all where there are none.
+        ways: Names of those to run beside the probe, see `chosen_ways`; all where there are none.
 
     Returns:
         The report of tasks/compare.py.
     """
     layout = find_workspace(Path(root))
-    chosen = [way for way in WAYS if not ways or way.name in ways]
+    chosen = chosen_ways(ways)
     with exclusive(layout, "compare"):
         head = _committed_head(layout)
         track_raw(layout)
@@ -101,6 +101,11 @@ def compare(root: Path | str = ".", ways: tuple[str, ...] = ()) -> dict[str, Any
         close_sandbox(layout)
     report: dict[str, Any] = json.loads(layout.report("compare").read_text(encoding="utf-8"))
     return report
+
+
+def chosen_ways(names: Sequence[str]) -> list[Way]:
+    """The ways of these names, all where there are none, and always feature extraction, beside which they are told."""
+    return [way for way in WAYS if not names or way.name in ("probe", *names)]
 
 
 @task(name="way", task_run_name="{way.name}", cache_policy=NO_CACHE, persist_result=False)

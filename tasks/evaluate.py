@@ -181,7 +181,7 @@ def run(layout: Layout, *, seed: int, evaluate: EvaluateParams) -> EvaluateRepor
     paths = [store.file(path) for path in test["path"]]
     with Predictor(bundle) as predictor:
         probabilities = _answers(predictor, paths)
-        robustness = _robustness(layout, predictor, test, paths, size=evaluate.robustness_images, seed=seed)
+        robustness = _robustness(layout, predictor, test, paths, seed=seed, evaluate=evaluate)
         _write_latency(layout.evaluation_dir / "latency.json", predictor, paths, evaluate.latency_runs)
     measured = _measure(bundle.labels, probabilities, truth, test, robustness, seed, evaluate)
     report = _report(layout, images, test, bundle, measured, evaluate.confidence)
@@ -227,10 +227,16 @@ def _answers(predictor: Predictor, paths: Sequence[Readable]) -> NDArray[np.floa
 
 
 def _robustness(
-    layout: Layout, predictor: Predictor, test: pd.DataFrame, paths: Sequence[Readable], *, size: int, seed: int
+    layout: Layout,
+    predictor: Predictor,
+    test: pd.DataFrame,
+    paths: Sequence[Readable],
+    *,
+    seed: int,
+    evaluate: EvaluateParams,
 ) -> Robustness | None:
     """Asks for a subset of the test images in every corruption; keeps the answers, which the gate compares."""
-    rows = robustness_subset(test["sha256"], size=size, seed=seed)
+    rows = robustness_subset(test["sha256"], size=evaluate.robustness_images, seed=seed)
     shown = progress((paths[row].read_bytes() for row in rows), total=len(rows), what="evaluate, corrupted")
     answers = robust_answers(predictor, shown) if len(rows) else {}
     labels, names = test["label"].to_numpy(dtype=np.str_), np.asarray(predictor.labels, dtype=np.str_)
@@ -241,7 +247,8 @@ def _robustness(
     ]
     _write_csv(layout.robustness, ("path", "corruption", "label", "predicted"), told)
     right = {name: names[columns] == labels[rows] for name, columns in answers.items()}
-    return robustness_of(right) if right else None
+    settings: dict[str, Any] = {"confidence": evaluate.confidence, "draws": evaluate.draws, "seed": seed}
+    return robustness_of(right, **settings) if right else None
 
 
 def _measure(

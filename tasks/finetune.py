@@ -5,8 +5,9 @@ tuned network with its head only if a stage was kept. The method is in ``tasks.t
 ``tasks.training.selection``; ``adversarial``, the last stage where it is asked for, is in
 ``tasks.training.adversarial``; ``scratch``, a baseline that stands alone, is in ``tasks.training.scratch``. Loss and
 accuracy of each epoch go to finetune_epochs.csv as they come, seconds to finetune_times.json. An interrupted run goes
-on from data/models/checkpoints/ and gives the same bytes as one that was not. torch is imported where a stage is tried,
-and nowhere else: where none is, the seconds of its import would be most of a retrain.
+on from data/models/checkpoints/ and gives the same bytes as one that was not; its seconds are those that led to the
+checkpoint and those after it. torch is imported where a stage is tried, and nowhere else: where none is, the seconds of
+its import would be most of a retrain.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from deploy.runtime import open_session
 from tasks.data.image_store import open_images
 from tasks.data.manifest import read_manifest
 from tasks.data.views import CENTRE, view_names
-from tasks.errors import BackboneError, TrainingError
+from tasks.errors import BackboneError
 from tasks.export.preprocessing import preprocessing_graph
 from tasks.models.backbone_card import BackboneCard, read_card
 from tasks.models.head import CARD_NAME, WEIGHTS_NAME, Head, read_head, read_notes, write_head
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from tasks.layout import Layout
     from tasks.models.architectures import Network
     from tasks.params import AugmentParams, FinetuneParams
+    from tasks.training.checkpoint import CheckpointFile
     from tasks.training.device import Compute, DeviceName
     from tasks.training.staged import EpochRecord, FineTuned, StageRecord, StageTimes
 
@@ -143,15 +145,19 @@ def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: Finetune
         if os.environ.get("RANK", "0") == "0":  # torchrun's: of several processes one writes
             _write(layout, report, None, head)
     else:
+        from tasks.training.checkpoint import CheckpointFile
         from tasks.training.device import choose_compute, this_machine
         from tasks.training.processes import joined, started
 
         compute = choose_compute(finetune.device, finetune.precision, this_machine(), num_processes=started())
         logger.info("training on %s in %s: %s", compute.device, compute.precision, compute.reason)
         report = dataclasses.replace(report, compute=compute)
+        digest = _run_digest(layout, known, seed, augment, finetune, compute)
+        checkpoints = CheckpointFile(layout.checkpoints_dir / CHECKPOINT_NAME, digest, began).after_interruption()
+        began = checkpoints.began
         work: dict[str, Any] = {"seed": seed, "augment": augment, "finetune": finetune, "compute": compute}
         with joined(compute.device):
-            report, times = _tuned(layout, report, card, head, known, **work)
+            report, times = _tuned(layout, report, card, head, known, checkpoints=checkpoints, **work)
     told = {
         "seconds": time.perf_counter() - began,
         "cores": available_cores(),
@@ -172,21 +178,19 @@ def _tuned(
     augment: AugmentParams,
     finetune: FinetuneParams,
     compute: Compute,
+    checkpoints: CheckpointFile,
 ) -> tuple[FinetuneReport, tuple[StageTimes, ...]]:
     """Tries the stages and writes what came of them."""
     from tasks.training import processes
     from tasks.training.adversarial import harden
-    from tasks.training.checkpoint import CheckpointFile
     from tasks.training.device import place
+    from tasks.training.scratch import from_scratch
     from tasks.training.staged import deterministic_torch, fine_tune
 
     train, val = known[known["split"] == "train"], known[known["split"] == "val"]
     counts = [int((train["label"] == label).sum()) for label in head.labels]
     shift = class_shift(counts, report.logit_adjustment)
     head = dataclasses.replace(head, bias=head.bias - shift)
-    checkpoints = CheckpointFile(
-        layout.checkpoints_dir / CHECKPOINT_NAME, _run_digest(layout, known, seed, augment, finetune, compute)
-    )
     threads = max(1, available_cores() // processes.count())
     with deterministic_torch(threads, strict=compute.device == "cpu"):
         network = _load_network(layout, card)
@@ -204,7 +208,7 @@ def _tuned(
         plain = [stage for stage in finetune.stages if stage not in (ADVERSARIAL, SCRATCH)]
         if SCRATCH in finetune.stages:
             settings = ScratchSettings(**finetune.scratch.model_dump())
-            tuned = _from_scratch(network, head, architecture=card.architecture, scratch=settings, **work)
+            tuned = from_scratch(network, head, architecture=card.architecture, scratch=settings, **work)
         else:
             tuned = fine_tune(network, head, stages=plain, **work)
         if ADVERSARIAL in finetune.stages:
@@ -219,23 +223,6 @@ def _tuned(
         checkpoints.remove()
     processes.wait_for_all()
     return report, tuned.times
-
-
-def _from_scratch(network: Network, head: Head, **work: Any) -> FineTuned:
-    """The baseline from random weights.
-
-    Raises:
-        TrainingError: If it diverges: there is nothing to fall back to.
-    """
-    from tasks.training.scratch import from_scratch
-    from tasks.training.tuner import DivergedError
-
-    try:
-        return from_scratch(network, head, **work)
-    except DivergedError as error:
-        raise TrainingError(
-            f"Training from random weights failed: {error}. Lower finetune.scratch.learning_rate."
-        ) from error
 
 
 def _write_epochs(layout: Layout, curve: Sequence[EpochRecord]) -> None:

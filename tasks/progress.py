@@ -40,8 +40,10 @@ def _logged(items: Iterable[Item], total: int, what: str, unit: str, done: int) 
         now = time.monotonic()
         if now - told >= LOG_INTERVAL_S:
             told = now
-            rate = count / (now - start)
-            rest = (total - done - count) / rate if rate else 0.0
-            told_of = (what, done + count, total, unit, rate, rest)
-            logger.info("%s: %d of %d %s, %.3g a second, %.0f s to go", *told_of)
+            if count:
+                rate = count / (now - start)
+                told_of = (what, done + count, total, unit, rate, (total - done - count) / rate)
+                logger.info("%s: %d of %d %s, %.3g a second, %.0f s to go", *told_of)
+            else:  # the first one was long in coming, which says nothing of the rest
+                logger.info("%s: %d of %d %s", what, done, total, unit)
         yield item

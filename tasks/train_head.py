@@ -10,6 +10,7 @@ what head.json says, in ``finetune``.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -22,11 +23,11 @@ from tasks.data.features import load_features
 from tasks.data.manifest import class_names, read_manifest
 from tasks.data.views import training_views
 from tasks.errors import ParamsError
-from tasks.evaluation.metrics import wilson_interval
+from tasks.evaluation.paired import mcnemar_midp
 from tasks.models.backbone_card import read_card
 from tasks.models.head import write_head
 from tasks.models.own_head import own_head, same_names
-from tasks.training.linear_probe import PathPoint, Probe, fit_probe
+from tasks.training.linear_probe import PathPoint, fit_probe
 from tasks.training.logit_adjustment import adjustment_strength
 from tasks.training.prototypes import class_prototypes
 from tasks.training.temperature import row_nll
@@ -40,7 +41,10 @@ if TYPE_CHECKING:
     from tasks.models.head import Head
     from tasks.params import AugmentParams, FeaturesParams, GateParams, TrainHeadParams
 
-CONFIDENCE = 0.99  # of the claim that a probe knows more than the commonest class
+CONFIDENCE = (
+    0.99  # of the claim that a probe knows more than which class is the largest; C is chosen on the same images
+)
+CLEAR_SHARE = 0.75  # of the images on which the two differ: who wins so many should be seen to be better
 SOLVER = "L-BFGS, multinomial, every image weighs the same"
 
 logger = logging.getLogger(__name__)
@@ -51,8 +55,8 @@ class TrainHeadReport:
     """The chosen head; out-of-fold and val numbers are None where there was nothing to judge on.
 
     ``method`` is ``probe``, ``own_classes`` (the backbone's own classifier) or ``prototypes``; all but the first have
-    no fit to tell of. ``num_same_names`` of the classes bear the name of one of the backbone's own. ``is_at_chance``
-    where the held-out accuracy is not beyond noise above ``chance_accuracy``, that of always naming the largest class.
+    no fit to tell of. ``num_same_names`` of the classes bear the name of one of the backbone's own. ``is_at_chance``:
+    see `is_at_chance`; ``chance_accuracy`` is that of always naming the largest class, on the same images.
     Out-of-fold numbers are of the fit; ``out_of_fold_adjusted_balanced_accuracy`` and those on val are of the head,
     with its logit adjustment (0: none).
     """
@@ -132,6 +136,8 @@ def run(
         head = probe.head
     num_by_class = {label: labels.count(label) for label in head.labels}
     chance = max(num_by_class.values()) / len(labels)
+    if probe and probe.accuracy is not None:
+        chance = probe.accuracy - (probe.num_won - probe.num_lost) / probe.num_held_out
     num_val, val_accuracy, val_nll = _judge(layout, card, head, images[images["split"] == "val"])
     report = TrainHeadReport(
         method=method,
@@ -150,7 +156,7 @@ def run(
         num_held_out=probe.num_held_out if probe else 0,
         out_of_fold_accuracy=probe.accuracy if probe else None,
         chance_accuracy=chance,
-        is_at_chance=bool(probe and probe.accuracy is not None and _lower(probe) <= chance),
+        is_at_chance=bool(probe and probe.num_held_out and is_at_chance(probe.num_won, probe.num_lost)),
         out_of_fold_nll=probe.nll if probe else None,
         out_of_fold_balanced_accuracy=probe.balanced_accuracy if probe else None,
         out_of_fold_adjusted_balanced_accuracy=probe.adjusted_balanced_accuracy if probe else None,
@@ -190,10 +196,20 @@ def _judge(layout: Layout, card: BackboneCard, head: Head, val: pd.DataFrame) ->
     return len(known), float((logits.argmax(axis=1) == targets).mean()), float(row_nll(logits, targets).mean())
 
 
-def _lower(probe: Probe) -> float:
-    """Lower end of the interval of the held-out accuracy."""
-    num = probe.num_held_out
-    return wilson_interval(round((probe.accuracy or 0) * num), num, CONFIDENCE)[0]
+def is_at_chance(won: int, lost: int) -> bool:
+    """Whether a probe knows no more than which class is the largest, as far as held-out images can tell.
+
+    It is told so where it is right no more often than always naming that class; or where it is, but not beyond noise,
+    and the images on which the two differ are enough to show a clear winner. Two are not: who has all of 302 images of
+    one class and 2 of another right is not at chance.
+
+    Args:
+        won: Images that the probe alone has right.
+        lost: Images that always naming the largest class alone has right.
+    """
+    clear = math.ceil(CLEAR_SHARE * (won + lost))
+    limit = 1 - CONFIDENCE
+    return won <= lost or mcnemar_midp(clear, won + lost - clear) < limit <= mcnemar_midp(won, lost)
 
 
 def _log(report: TrainHeadReport) -> None:

@@ -23,7 +23,8 @@ def compare(
     ways: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[WAY...]", help="as_is, scratch, probe, top, full, adversarial; all where none is named."
+            metavar="[WAY...]",
+            help="as_is, scratch, top, full, adversarial, beside probe, which always runs; all where none is named.",
         ),
     ] = None,
     as_json: Json = False,
@@ -54,10 +55,12 @@ def compare(
 
 def ways_lines(report: dict[str, Any]) -> list[str]:
     """The ways as a terminal shows them, a line each."""
-    head = ("way", "accuracy", "interval", "points to probe", "trained", "seconds", "ms", "under attack")
-    rows = [head, *(_cells(each) for each in report["outcomes"])]
+    metric = "balanced" if report["balanced"] else "accuracy"
+    head = ("way", metric, "interval", "points to probe", "trained", "seconds", "ms", "under attack")
+    missing = [(each["title"], *["–"] * (len(head) - 1)) for each in report["missing"]]
+    rows = [head, *(_cells(each) for each in report["outcomes"]), *missing]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    notes = ["", *(each["note"] for each in report["outcomes"])]
+    notes = ["", *(each["note"] for each in report["outcomes"]), *(each["reason"] for each in report["missing"])]
     return [
         f"{'  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))}  {note}".rstrip()
         for row, note in zip(rows, notes, strict=True)
@@ -66,7 +69,7 @@ def ways_lines(report: dict[str, Any]) -> list[str]:
 
 def _cells(outcome: dict[str, Any]) -> tuple[str, ...]:
     """A way's numbers as text."""
-    robust = outcome["robust_accuracy"]
+    robust = [outcome[name] for name in ("robust_accuracy", "robust_accuracy_low", "robust_accuracy_high")]
     ends = [100 * outcome[name] for name in ("difference", "difference_low", "difference_high")]
     return (
         outcome["title"],
@@ -76,7 +79,7 @@ def _cells(outcome: dict[str, Any]) -> tuple[str, ...]:
         f"{outcome['trained_parameters']:,}",
         f"{outcome['seconds']:.1f}",
         f"{1e3 * outcome['latency_s']:.1f}",
-        "" if robust is None else f"{robust:.1%}",
+        "" if robust[0] is None else "{:.1%} ({:.1%} to {:.1%})".format(*robust),
     )
 
 

@@ -157,20 +157,22 @@ def _measured(facts: CardFacts) -> str:
 def _robust(found: Robustness | None) -> str:
     if found is None:
         return ""
-    each = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in found.corruptions.items())
+    each = ", ".join(f"{name} {share.accuracy:.1%}" for name, share in found.corruptions.items())
     return (
-        f"; on {found.num_images:,} of the test images, spoiled, {found.mean:.1%} ({each}), unspoiled {found.clean:.1%}"
+        f"; on {found.num_images:,} of the test images, spoiled, {_with_interval(found.mean)}: {each}; "
+        f"unspoiled {_with_interval(found.clean)}"
     )
+
+
+def _with_interval(share: Accuracy) -> str:
+    return f"{share.accuracy:.1%} ({share.accuracy_low:.1%} to {share.accuracy_high:.1%})"
 
 
 def _attacked(found: Attacked | None) -> str:
     if found is None:
         return ""
     names = {"clean": "as they are"}
-    each = ", ".join(
-        f"{names.get(name, name)} {share.accuracy:.1%} ({share.accuracy_low:.1%} to {share.accuracy_high:.1%})"
-        for name, share in found.accuracy.items()
-    )
+    each = ", ".join(f"{names.get(name, name)} {_with_interval(share)}" for name, share in found.accuracy.items())
     return (
         f" Trained to withstand attacks: of {found.num_images:,} validation images, changed by at most "
         f"{255 * found.epsilon:.3g} of 255 in each value, it has right {each}; an upper bound: others are stronger."

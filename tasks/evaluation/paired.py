@@ -70,14 +70,7 @@ def compare(
             right never lowers the bound.
     """
     gains = right.astype(np.int8) - right_before.astype(np.int8)  # (N,) of -1, 0, 1
-    difference, drawn = 0.0, np.zeros(draws)
-    generator = np.random.default_rng(seed)
-    classes = np.unique(labels)
-    for label in classes:
-        stratum = gains[labels == label]
-        weight = 1 / len(classes) if balanced else len(stratum) / len(gains)
-        difference += weight * float(stratum.mean())
-        drawn += weight * _resampled_means(stratum, draws, generator)
+    difference, drawn = _weighed_means(gains, labels, balanced=balanced, draws=draws, seed=seed)
     return Paired(
         num_images=len(gains),
         wins=int((gains > 0).sum()),
@@ -88,13 +81,15 @@ def compare(
 
 
 def difference_interval(
-    right: Bools, right_before: Bools, *, confidence: float, draws: int, seed: int
+    right: Bools, right_before: Bools, labels: Texts, *, balanced: bool, confidence: float, draws: int, seed: int
 ) -> tuple[float, float, float]:
     """The paired difference in accuracy of two models on the same N images, and its two-sided interval (bootstrap).
 
     Args:
         right: Whether the one is right, (N,).
         right_before: Whether the other is, (N,).
+        labels: True labels, (N,).
+        balanced: Weigh classes alike instead of images; they are then the strata of the bootstrap.
         confidence: Two-sided.
         draws: Of the bootstrap.
         seed: Of the bootstrap.
@@ -103,9 +98,10 @@ def difference_interval(
         Difference, lower and upper end.
     """
     gains = right.astype(np.int8) - right_before.astype(np.int8)  # (N,) of -1, 0, 1
-    drawn = _resampled_means(gains, draws, np.random.default_rng(seed))
+    strata = labels if balanced else np.zeros_like(labels)
+    difference, drawn = _weighed_means(gains, strata, balanced=balanced, draws=draws, seed=seed)
     low, high = np.quantile(drawn, ((1 - confidence) / 2, (1 + confidence) / 2))
-    return _settled(float(gains.mean())), _settled(float(low)), _settled(float(high))
+    return _settled(difference), _settled(float(low)), _settled(float(high))
 
 
 def mcnemar_midp(wins: int, losses: int) -> float:
@@ -150,6 +146,21 @@ def images_to_exclude_loss(margin: float, discordance: float, *, confidence: flo
 def images_by_rule_of_three(margin: float, confidence: float) -> int:
     """Test images of which, were the true loss ``margin``, one would be lost with ``confidence``."""
     return math.ceil(math.log(1 - confidence) / math.log1p(-margin))
+
+
+def _weighed_means(
+    gains: NDArray[np.int8], labels: Texts, *, balanced: bool, draws: int, seed: int
+) -> tuple[float, Floats]:
+    """The mean of gains (N,), by class or by image, and of ``draws`` samples with replacement within each class."""
+    mean, drawn = 0.0, np.zeros(draws)
+    generator = np.random.default_rng(seed)
+    classes = np.unique(labels)
+    for label in classes:
+        stratum = gains[labels == label]
+        weight = 1 / len(classes) if balanced else len(stratum) / len(gains)
+        mean += weight * float(stratum.mean())
+        drawn += weight * _resampled_means(stratum, draws, generator)
+    return mean, drawn
 
 
 def _resampled_means(stratum: NDArray[np.int8], draws: int, generator: np.random.Generator) -> Floats:

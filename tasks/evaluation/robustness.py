@@ -19,7 +19,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from deploy.files import sha256_bytes
 from deploy.images import decode_image
 from deploy.predictor import Predictor
-from tasks.evaluation.metrics import rounded
+from tasks.evaluation.metrics import Accuracy, accuracy_of, rounded
 
 CLEAN: Final = "none"  # scaled as the others are, and not spoiled
 SIDE_PX = 256  # the short side of a larger picture is scaled down to about this
@@ -35,19 +35,20 @@ UInt8 = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Robustness:
-    """Accuracy on corrupted pictures, in 0..1.
+    """Accuracy on corrupted pictures.
 
     Args:
         num_images: Pictures; each was shown in every corruption.
         clean: Accuracy on the same pictures, not corrupted.
-        mean: Over the corruptions.
+        mean: Over the corruptions; as a picture's answers to them go together, its interval is of a bootstrap over the
+            pictures.
         corruptions: Accuracy under each.
     """
 
     num_images: int
-    clean: float
-    mean: float
-    corruptions: Mapping[str, float]
+    clean: Accuracy
+    mean: Accuracy
+    corruptions: Mapping[str, Accuracy]
 
 
 def robustness_subset(hashes: Iterable[str], *, size: int, seed: int) -> NDArray[np.int64]:
@@ -87,11 +88,24 @@ def corrupted(image: Image.Image, corruption: str, *, key: str) -> UInt8:
     return np.asarray(CORRUPTIONS[corruption](image, np.random.default_rng(seed)))
 
 
-def robustness_of(right: Mapping[str, NDArray[np.bool_]]) -> Robustness:
-    """Accuracies from what was answered right under each corruption and without, (N,) each."""
-    shares = {name: rounded(float(each.mean())) for name, each in right.items()}
-    clean = shares.pop(CLEAN)
-    return Robustness(len(right[CLEAN]), clean, rounded(float(np.mean(list(shares.values())))), shares)
+def robustness_of(right: Mapping[str, NDArray[np.bool_]], *, confidence: float, draws: int, seed: int) -> Robustness:
+    """Accuracies and their two-sided intervals.
+
+    Args:
+        right: What was answered right under each corruption and without, (N,) each.
+        confidence: In (0, 1).
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
+    each = {name: accuracy_of(answers, confidence) for name, answers in right.items()}
+    clean = each.pop(CLEAN)
+    withstood = np.sum([right[name] for name in each], axis=0)  # (N,) corruptions in which a picture is right
+    values, counts = np.unique(withstood, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(withstood), counts / len(withstood), size=draws)  # (draws, V)
+    means = drawn @ values / (len(withstood) * len(each))
+    low, high = np.quantile(means, ((1 - confidence) / 2, (1 + confidence) / 2))
+    mean = Accuracy(*(rounded(float(share)) for share in (withstood.mean() / len(each), low, high)))
+    return Robustness(len(withstood), clean, mean, each)
 
 
 def _at_most(image: Image.Image) -> Image.Image:

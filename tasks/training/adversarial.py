@@ -308,12 +308,12 @@ class _Adversarial:
             val_accuracy_before=rounded(float(before["clean"].mean())),
             robustness_before=_shares(before),
         )
-        try:
-            best, progress = self._train(StageTuner(network, 0, self.head, pace), before, resumed)
+        best, progress, trouble = self._train(StageTuner(network, 0, self.head, pace), before, resumed)
+        if best:
             put(tensors, best)
             record = replace(record, **self._judged(before, progress))
-        except DivergedError as error:
-            record = replace(record, reason=f"dropped: {error}")
+        early = f"; stopped early: {trouble}" if trouble else ""
+        record = replace(record, reason=f"{record.reason}{early}" if best else f"dropped: {trouble}")
         if not record.kept:
             put(tensors, start)
         if frozen_digest(network, 0) != frozen:
@@ -352,8 +352,12 @@ class _Adversarial:
 
     def _train(
         self, tuner: StageTuner, before: Rights, resumed: Checkpoint | None
-    ) -> tuple[dict[str, Tensor], _Progress]:
-        """All epochs; the averaged weights of the best one."""
+    ) -> tuple[dict[str, Tensor], _Progress, str | None]:
+        """All epochs, or those before the loss was no number any more.
+
+        Returns:
+            The averaged weights of the best one (none where that was the first), how far it came, and what went wrong.
+        """
         kept = kept_tensors(tuner.network, self.tuned.head)  # what an interrupted run starts from
         progress, best, epoch = _Progress(self.adversarial.attack), dict[str, Tensor](), 0
         if resumed:
@@ -364,15 +368,16 @@ class _Adversarial:
             self._save(tuner, epoch, progress, kept)  # to go back to
         while epoch < tuner.pace.length.epochs:
             began = time.perf_counter()
-            loss = self._run_epoch(tuner, epoch, progress.attack)
+            try:
+                loss = self._run_epoch(tuner, epoch, progress.attack)
+            except DivergedError as error:
+                logger.warning("stage %s, epoch %d: %s", ADVERSARIAL, epoch + 1, error)
+                return best, progress, str(error)
             if progress.attack == "fgsm_rs":
                 guarded = self._guarded()
                 if has_collapsed(progress.guarded, **guarded, max_fall=self.adversarial.max_fall):
-                    told = (ADVERSARIAL, epoch + 1, guarded["pgd"], guarded["fgsm"], progress.guarded)
-                    told_as = (
-                        "stage %s, epoch %d: right are %.3f under PGD, %.3f under FGSM, %.3f before: again, with PGD"
-                    )
-                    logger.warning(told_as, *told)
+                    told = "stage %s, epoch %d: right are %.3f under PGD, %.3f under FGSM, %.3f before: again, with PGD"
+                    logger.warning(told, ADVERSARIAL, epoch + 1, guarded["pgd"], guarded["fgsm"], progress.guarded)
                     self._go_back(tuner)
                     progress = replace(progress, attack="pgd", collapsed_epoch=epoch + 1)
                     continue
@@ -393,7 +398,7 @@ class _Adversarial:
             self.curve.append(EpochRecord(ADVERSARIAL, epoch, tuner.step, rounded(loss), None, accuracy))
             self.on_epoch(self.curve)
             self._save(tuner, epoch, progress, {**kept, **prefixed("best", best)})
-        return best, progress
+        return best, progress, None
 
     def _save(self, tuner: StageTuner, epoch: int, progress: _Progress, tensors: Mapping[str, Tensor]) -> None:
         position = {**position_of(self.tuned.records, self.curve, epoch, tuner.step), ADVERSARIAL: asdict(progress)}

@@ -4,7 +4,8 @@ The frozen part of a network gives the same answer in every epoch, so its output
 temporary file, which vanishes with the process however that ends, and what was pooled on the way in memory. Where the
 file would grow over a limit, or training passes over the pictures fewer times than they have views, the frozen part
 runs again for every batch; training then sees the same views in the same order. The rule counts passes, not seconds:
-a stopwatch would let the load of the machine decide what comes out.
+a stopwatch would let the load of the machine decide what comes out. Why torch runs it, and what that costs, is
+decision 94 in CONTRIBUTING.md.
 Called by ``tasks.training.staged``.
 """
 

@@ -6,8 +6,9 @@ Called by ``tasks.finetune`` through ``tasks.training.staged``.
 
 import json
 import logging
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,29 @@ class CheckpointFile:
     Attributes:
         path: The file.
         run_digest: sha256 over the inputs, parameters and versions of the run.
+        began: When the run began, or would have begun had nothing interrupted it; of `time.perf_counter`.
     """
 
     path: Path
     run_digest: str
+    began: float = field(default_factory=time.perf_counter)
+
+    def after_interruption(self) -> "CheckpointFile":
+        """The same; where there is a checkpoint of this run, begun earlier by the seconds that led to it."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                header = json.loads((file.metadata() or {})[HEADER_KEY])
+        except (OSError, SafetensorError, ValueError, KeyError):
+            return self
+        is_mine = header.get("run_digest") == self.run_digest
+        return replace(self, began=self.began - header.get("seconds", 0.0)) if is_mine else self
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Replaces the checkpoint; a reader sees the old one or the new one. Of several processes the first writes."""
         if not processes.is_first():
             return
         header = {"format_version": FORMAT_VERSION, "run_digest": self.run_digest, "position": checkpoint.position}
+        header["seconds"] = time.perf_counter() - self.began
         tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
         write_bytes(self.path, save(tensors, {HEADER_KEY: json.dumps(header, sort_keys=True)}))
 

@@ -62,7 +62,8 @@ class PathPoint:
 class Probe:
     """A fitted probe and how it was chosen; the out-of-fold numbers are None where nothing could be held out.
 
-    Those are of the fit itself, but for ``adjusted_balanced_accuracy``, which is with the logit adjustment.
+    Those are of the fit itself, but for ``adjusted_balanced_accuracy``, which is with the logit adjustment. Of the held
+    out images it alone has ``num_won`` right, and always naming the largest class alone ``num_lost``.
     """
 
     head: Head
@@ -70,6 +71,8 @@ class Probe:
     path: tuple[PathPoint, ...]
     num_parts: int
     num_held_out: int
+    num_won: int
+    num_lost: int
     nll: float | None
     accuracy: float | None
     temperature: float
@@ -163,8 +166,11 @@ def fit_probe(
     targets = problem.targets[judged]
     temperature = fit_temperature(logits_of[log10_c][judged], targets) if path else 1.0
     weight, bias = problem.basis.unfold(fit.weight / temperature, fit.bias / temperature)
-    shift = class_shift(np.bincount(problem.targets, minlength=len(classes)).tolist(), adjustment)
+    counts = np.bincount(problem.targets, minlength=len(classes))
+    shift = class_shift(counts.tolist(), adjustment)
     held_out = logits_of[log10_c][judged] / temperature if path else None
+    right = held_out.argmax(axis=1) == targets if held_out is not None else np.zeros(0, np.bool_)
+    largest = targets == counts.argmax()
     point = next((point for point in path if point.log10_c == log10_c), None)
     return Probe(
         head=Head(tuple(classes), weight.astype(np.float32), bias.astype(np.float32) + shift),
@@ -172,6 +178,8 @@ def fit_probe(
         path=path,
         num_parts=len(np.unique(problem.folds[judged])),
         num_held_out=int(judged.sum()),
+        num_won=int((right & ~largest).sum()),
+        num_lost=int((largest & ~right).sum()),
         nll=None if point is None else point.nll,
         accuracy=None if point is None else point.accuracy,
         temperature=temperature,

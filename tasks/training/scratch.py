@@ -2,17 +2,17 @@
 
 All layers learn, BatchNorm with the statistics of its batch; at the end these are measured anew for the averaged
 weights, because running ones are far behind after few steps. What comes out is taken as it is, better or not: it is
-there to be compared with. The steps are what fits into the seconds on this machine, found by timing a few of them
-before anything is kept, so that the learning rate can fall to zero at the end. It is the one stage whose outcome
-depends on the speed of the machine; where a run was interrupted it goes on with the steps that were found. Called by
-``tasks.finetune``.
+there to be compared with. Where it diverges, nothing is kept and the record says so. The steps are what fits into the
+seconds on this machine, found by timing a few of them before anything is kept, so that the learning rate can fall to
+zero at the end. It is the one stage whose outcome depends on the speed of the machine; where a run was interrupted it
+goes on with the steps that were found. Called by ``tasks.finetune``.
 """
 
 import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -63,7 +63,8 @@ def from_scratch(
     """Trains from random weights.
 
     Args:
-        network: With the backbone's weights, on the device to train on; on return with the new ones.
+        network: With the backbone's weights, on the device to train on; on return with the new ones, whole where it
+            did not diverge.
         head: The probe, for comparison.
         architecture: Of the network.
         train: Training pictures in their views.
@@ -72,13 +73,68 @@ def from_scratch(
         scratch: Its own numbers.
         checkpoints: Where to go on from.
         on_epoch: Told of all epochs so far.
-
-    Raises:
-        DivergedError: If the loss is no number any more: there is nothing to fall back to.
     """
     began = time.perf_counter()
     network.to(memory_format=memory_format(network.device))
     before = logits_of(network, head, val.pixels, settings.batch_size)
+    start, curve = judge(before, val.labels), list[EpochRecord]()
+    record = StageRecord(
+        name=SCRATCH,
+        groups=tuple(range(network.num_groups)),
+        num_parameters=sum(each.numel() for each in network.trunk.parameters()) + head.weight.size + head.bias.size,
+        epochs=0,
+        steps=0,
+        limited_by="seconds",
+        learning_rates=(rounded(_learning_rate(settings, scratch)),),
+        boundary=None,
+        val_nll_before=rounded(start.mean_nll),
+        val_nll_after=None,
+        val_nll_standard_error=None,
+        val_accuracy_before=rounded(start.accuracy),
+        val_accuracy_after=None,
+        alpha=None,
+        kept=False,
+        reason="",
+    )
+    after = before
+    try:
+        tuner = _train(network, architecture, head, train, settings, scratch, checkpoints, curve, on_epoch)
+        head = tuner.head.folded()
+        after = logits_of(network, head, val.pixels, settings.batch_size)
+        end = judge(after, val.labels)
+        record = replace(
+            record,
+            epochs=tuner.pace.length.epochs,
+            steps=tuner.pace.length.steps,
+            val_nll_after=rounded(end.mean_nll),
+            val_accuracy_after=rounded(end.accuracy),
+            kept=True,
+            reason="taken as it is: the baseline from random weights, to compare with",
+        )
+    except DivergedError as error:
+        reason = f"dropped: it diverged, {error}; a lower finetune.scratch.learning_rate may help"
+        logger.warning("stage %s: %s", SCRATCH, reason)
+        record = replace(record, epochs=len(curve) + 1, steps=curve[-1].step if curve else 0, reason=reason)
+    times = StageTimes(SCRATCH, None, {}, time.perf_counter() - began)
+    return FineTuned(head, (record,), before, after, tuple(curve), (times,))
+
+
+def _train(
+    network: Network,
+    architecture: str,
+    head: Head,
+    train: LabelledPixels,
+    settings: TuningSettings,
+    scratch: ScratchSettings,
+    checkpoints: CheckpointFile,
+    curve: list[EpochRecord],
+    on_epoch: OnEpoch,
+) -> StageTuner:
+    """All epochs, of which the curve grows; leaves the averaged weights in the network.
+
+    Raises:
+        DivergedError: If the loss is no number any more: there is nothing to fall back to.
+    """
     resumed = checkpoints.load()
     steps = resumed.position["steps"] if resumed else None
     if steps is None:
@@ -86,7 +142,7 @@ def from_scratch(
         steps = _affordable_steps(tuner, train, settings, scratch)
         checkpoints.save(Checkpoint({"steps": steps, "epoch": 0, "curve": []}, {}))
     tuner = _tuner(network, architecture, head, train, settings, scratch, steps)
-    curve = [EpochRecord(**values) for values in resumed.position["curve"]] if resumed else []
+    curve += [EpochRecord(**values) for values in resumed.position["curve"]] if resumed else []
     first = resumed.position["epoch"] if resumed else 0
     if resumed and first:
         tuner.restore(resumed.tensors, resumed.position["step"])
@@ -99,29 +155,7 @@ def from_scratch(
         checkpoints.save(Checkpoint(position, tuner.state()))
     put(tuner.tensors, tuner.ema.average)
     _measure_statistics(network, train, settings)
-    found = tuner.head.folded()
-    after = logits_of(network, found, val.pixels, settings.batch_size)
-    start, end = judge(before, val.labels), judge(after, val.labels)
-    record = StageRecord(
-        name=SCRATCH,
-        groups=tuple(range(network.num_groups)),
-        num_parameters=sum(tensor.numel() for tensor in tuner.tensors.values()),
-        epochs=tuner.pace.length.epochs,
-        steps=steps,
-        limited_by="seconds",
-        learning_rates=(rounded(tuner.pace.learning_rates[0]),),
-        boundary=None,
-        val_nll_before=rounded(start.mean_nll),
-        val_nll_after=rounded(end.mean_nll),
-        val_nll_standard_error=None,
-        val_accuracy_before=rounded(start.accuracy),
-        val_accuracy_after=rounded(end.accuracy),
-        alpha=None,
-        kept=True,
-        reason="taken as it is: the baseline from random weights, to compare with",
-    )
-    times = StageTimes(SCRATCH, None, {}, time.perf_counter() - began)
-    return FineTuned(found, (record,), before, after, tuple(curve), (times,))
+    return tuner
 
 
 def _tuner(
@@ -147,7 +181,7 @@ def _tuner(
     per_epoch = len(_batches(settings, 0, train))
     pace = Pace(
         recipe=Recipe("adamw", scratch.learning_rate, 1.0),
-        learning_rates=[scratch.learning_rate * settings.batch_size / REFERENCE_BATCH_SIZE] * (network.num_groups + 1),
+        learning_rates=[_learning_rate(settings, scratch)] * (network.num_groups + 1),
         weight_decay=scratch.weight_decay,
         length=StageLength(math.ceil(steps / per_epoch), steps, per_epoch, None),
         warmup_fraction=settings.warmup_fraction,
@@ -155,6 +189,11 @@ def _tuner(
         ema_decay=settings.ema_decay,
     )
     return StageTuner(network, 0, StandardisedHead(blank, embeddings), pace)
+
+
+def _learning_rate(settings: TuningSettings, scratch: ScratchSettings) -> float:
+    """The full one, at this batch size."""
+    return scratch.learning_rate * settings.batch_size / REFERENCE_BATCH_SIZE
 
 
 def _affordable_steps(

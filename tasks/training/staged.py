@@ -40,6 +40,7 @@ from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, with
 from tasks.training.device import memory_format, wait_for
 from tasks.training.schedule import (
     USELESS_STEPS,
+    StageLength,
     StageShape,
     TuningSettings,
     layer_group_learning_rates,
@@ -272,7 +273,7 @@ class _Stage:
         head = StandardisedHead(self.head, embeddings)
         with torch.no_grad():
             before = judge(head(embeddings).cpu().numpy(), self.val.labels)
-        train_source, _ = self._open(self.train.pixels, val_bytes, "train", passes=self._passes())
+        train_source, _ = self._open(self.train.pixels, val_bytes, "train", passes=self._passes(head, val_source))
         pace = self._pace(head, train_source)
         if pace.length.steps < USELESS_STEPS and pace.length.limited_by == "max_tflop":
             reason = f"not tried: finetune.max_tflop affords {pace.length.steps} steps; {USELESS_STEPS} is the least"
@@ -318,17 +319,12 @@ class _Stage:
             what=f"{self.shape.name}: {what} boundary",
         )
 
-    def _passes(self) -> float:
-        """How often training would see each picture, were its work not limited."""
-        settings, num_images = self.settings, len(self.train.labels)
-        length = stage_length(
-            num_images=num_images,
-            batch_size=settings.batch_size,
-            epochs=settings.epochs,
-            length_factor=self.shape.length_factor,
-            max_steps=settings.max_steps,
-            affordable_steps=settings.max_steps,
-        )
+    def _passes(self, head: StandardisedHead, val_source: BoundarySource) -> float:
+        """How often training would see each picture, were what is frozen kept.
+
+        A step's cost is then that of a validation picture, of which it is kept where anything is.
+        """
+        length = self._length(head, val_source)
         return length.steps / length.steps_per_epoch
 
     def _predicted(self, head: StandardisedHead, steps: int) -> dict[str, float]:
@@ -356,26 +352,30 @@ class _Stage:
         steps_of_size = steps * min(self.settings.batch_size, source.num_images) / size
         return {"cached": kept * frozen_s + steps_of_size * step_s, "recomputed": steps_of_size * (frozen_s + step_s)}
 
-    def _pace(self, head: StandardisedHead, source: BoundarySource) -> Pace:
-        """Rates of the groups that move, and as many steps as the settings and their cost allow."""
+    def _length(self, head: StandardisedHead, source: BoundarySource) -> StageLength:
+        """As many steps as the settings allow where one costs what it does with pictures from ``source``."""
         settings = self.settings
-        rates = layer_group_learning_rates(
-            self.network.num_groups + 1, settings.learning_rate * self.shape.rate_factor, settings.layer_decay
-        )
         flop = flop_per_image(self.network, self.group, head, source) * settings.batch_size
-        length = stage_length(
-            num_images=source.num_images,
+        return stage_length(
+            num_images=len(self.train.labels),
             batch_size=settings.batch_size,
             epochs=settings.epochs,
             length_factor=self.shape.length_factor,
             max_steps=settings.max_steps,
             affordable_steps=int(settings.max_tflop * 1e12 / max(flop, 1)),
         )
+
+    def _pace(self, head: StandardisedHead, source: BoundarySource) -> Pace:
+        """Rates of the groups that move, and as many steps as the settings and their cost allow."""
+        settings = self.settings
+        rates = layer_group_learning_rates(
+            self.network.num_groups + 1, settings.learning_rate * self.shape.rate_factor, settings.layer_decay
+        )
         return Pace(
             recipe=settings.recipe,
             learning_rates=rates[self.group :],
             weight_decay=settings.weight_decay,
-            length=length,
+            length=self._length(head, source),
             warmup_fraction=settings.warmup_fraction,
             clip_norm=settings.clip_norm,
             ema_decay=settings.ema_decay,

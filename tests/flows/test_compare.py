@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from flows.compare import WAYS, close_sandbox, open_sandbox, scratch_seconds
+from flows.compare import WAYS, chosen_ways, close_sandbox, open_sandbox, scratch_seconds
 from flows.workspace import git
 from tasks.layout import Layout
 from tasks.params import Params
@@ -55,6 +55,12 @@ def test_random_weights_get_as_long_as_the_slowest_other_way_but_attacks(tmp_pat
     assert scratch_seconds(layout) == 30
 
 
+def test_feature_extraction_is_always_among_the_ways() -> None:
+    assert [way.name for way in chosen_ways(("top", "as_is"))] == ["as_is", "probe", "top"]
+    assert [way.name for way in chosen_ways(("probe",))] == ["probe"]
+    assert chosen_ways(()) == list(WAYS)
+
+
 def test_every_way_can_be_gone_where_training_has_several_processes(repository: Path) -> None:
     yaml = YAML(typ="safe")
     for way in WAYS:
@@ -82,10 +88,11 @@ def test_ways_are_compared_listed_and_a_kill_leaves_the_workspace_as_it_was(
     assert json.loads(workspace.tanuki("status", "--json").stdout)["busy"] is None
     report = json.loads(workspace.tanuki("compare", "as_is", "top", "--json").stdout)
     assert tracked(workspace) == before
-    as_is, top = report["outcomes"]
+    as_is, probe, top = report["outcomes"]
+    assert (probe["name"], probe["difference"]) == ("probe", 0)
     assert as_is["trained_parameters"] == 0
     assert as_is["accuracy"] > 0.5
     assert top["accuracy_low"] < top["accuracy"] <= top["accuracy_high"]
     listed = workspace.dvc("exp", "list", "--name-only").stdout.split()
-    assert set(listed) == {"compare-as_is", "compare-top"}
+    assert set(listed) == {"compare-as_is", "compare-probe", "compare-top"}
     assert not (workspace.root / ".dvc" / "tmp" / "tanuki-compare").exists()

@@ -1,8 +1,10 @@
 import dataclasses
 import json
 import logging
+import math
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +32,18 @@ from tasks.training.adversarial import (
     AdversarialRecord,
     PixelClassifier,
     answered_rightly,
+    harden,
     has_collapsed,
     robustness_attacks,
 )
 from tasks.training.attacks import fgsm, fgsm_rs, pgd, uniform_noise
 from tasks.training.augmented import LabelledPixels, PixelSource
 from tasks.training.auto_attack import auto_attack, is_installed
+from tasks.training.checkpoint import CheckpointFile
 from tasks.training.schedule import slow_start_fast_decay
 from tasks.training.selection import SIGNIFICANCE, compare_robustness
-from tasks.training.staged import deterministic_torch
-from tasks.training.tuner import StandardisedHead
+from tasks.training.staged import EpochRecord, FineTuned, deterministic_torch
+from tasks.training.tuner import StandardisedHead, copied
 from tests.tasks.finetune_workspaces import digit_images, embed, splits, write_backbone, write_images, write_probe
 
 NUM_IMAGES, NUM_VAL, SIZE_PX = 200, 60, 32
@@ -354,6 +358,56 @@ def test_a_stage_that_diverges_or_costs_too_much_is_dropped(layout: Layout, repo
     report = run(layout, repository, {}, max_tflop=1e-6)
     assert stage_of(report).reason == "not tried: finetune.max_tflop affords 0 steps; 20 is the least"
     assert report.kept == ()
+
+
+def test_a_loss_that_is_no_number_stops_the_stage_and_the_best_epoch_so_far_is_judged(
+    layout: Layout, repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A weight turns into no number after the second epoch, as a bad step or a bad memory cell would have it."""
+    caplog.set_level(logging.INFO, logger="tasks")
+    shrink(layout)
+    params = load_params(repository / "params.yaml")
+    card, head = read_card(layout.backbone_card), read_head(layout.head_dir)
+    network = finetune._load_network(layout, card)
+    sessions = finetune._open_preprocessing(layout, card)
+    frame = read_manifest(layout.accepted)
+    train, val = (
+        finetune._labelled(layout, frame[frame["split"] == split], head, sessions, ("centre",), params.augment)
+        for split in ("train", "val")
+    )
+    adversarial = params.finetune.adversarial.model_copy(update={"epochs": 4, "max_fall": 1.0})
+    brisk = params.finetune.model_copy(update={"learning_rate": 2e-3, "batch_size": 20, "adversarial": adversarial})
+
+    def spoil(curve: Sequence[EpochRecord]) -> None:
+        if len(curve) == 2:
+            with torch.no_grad():
+                network.group_parameters(network.num_groups - 1)[0].fill_(math.nan)
+
+    start = copied(network.trunk_state())
+    logits = np.zeros((len(val.labels), len(head.labels)), np.float32)
+    tuned = harden(
+        network,
+        FineTuned(head, (), logits, logits),
+        train=train,
+        val=val,
+        mean=card.mean,
+        std=card.std,
+        settings=finetune._settings(card, 0, brisk),
+        adversarial=finetune._adversarial_settings(brisk),
+        checkpoints=CheckpointFile(layout.checkpoints_dir / "c.safetensors", "digest"),
+        on_epoch=spoil,
+    )
+    (record,) = tuned.records
+    assert isinstance(record, AdversarialRecord)
+    assert re.search(
+        r"; stopped early: the loss is nan at step 3 \(the batch was [0-9]/\d+\.png as centre", record.reason
+    )
+    assert record.best_epoch in (1, 2)
+    assert record.robustness_after is not None
+    assert len(tuned.curve) == 2
+    state = network.trunk_state()
+    assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+    assert record.kept or all(torch.equal(state[name], start[name]) for name in start)
 
 
 def test_the_adversarial_stage_comes_last(repository: Path, tmp_path: Path) -> None:

@@ -173,10 +173,15 @@ def test_the_answers_to_corrupted_pictures_are_kept_for_the_gate(
     rows = rows_of(layout.robustness)
     assert len(rows) == 7 * params.evaluate.robustness_images
     assert report.robustness is not None
-    for corruption, accuracy in {**report.robustness.corruptions, "none": report.robustness.clean}.items():
+    for corruption, found in {**report.robustness.corruptions, "none": report.robustness.clean}.items():
         right = [row["label"] == row["predicted"] for row in rows if row["corruption"] == corruption]
-        assert np.mean(right) == pytest.approx(accuracy, abs=1e-6)
-    assert report.robustness.mean < report.robustness.clean
+        assert np.mean(right) == pytest.approx(found.accuracy, abs=1e-6)
+        assert found.accuracy_low < found.accuracy < found.accuracy_high or found.accuracy in (0, 1)
+    mean = report.robustness.mean
+    assert mean.accuracy_low < mean.accuracy < mean.accuracy_high
+    assert mean.accuracy < report.robustness.clean.accuracy
+    told = f"spoiled, {mean.accuracy:.1%} ({mean.accuracy_low:.1%} to {mean.accuracy_high:.1%}): "
+    assert told in layout.model_card.read_text(encoding="utf-8")
     clean = {row["path"]: row["predicted"] for row in rows if row["corruption"] == "none"}
     answered = pq.read_table(layout.predictions).to_pylist()
     assert clean == {row["path"]: row["predicted"] for row in answered if row["path"] in clean}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from deploy.bundle import Bundle
 from deploy.predictor import Predictor
-from tasks.evaluation.metrics import balanced_accuracy, class_scores, macro_f1, macro_intervals
+from tasks.evaluation.metrics import accuracy_of, balanced_accuracy, class_scores, macro_f1, macro_intervals
 from tasks.evaluation.page import inline_png
 from tasks.evaluation.plots import drawable_names
 from tasks.evaluation.robustness import (
@@ -145,9 +145,21 @@ def test_large_pictures_are_scaled_down_first(colours: Bundle) -> None:
 
 def test_robustness_is_the_mean_over_the_corruptions() -> None:
     right = {name: np.array([True, False, False, False]) for name in CORRUPTIONS}
-    found = robustness_of({CLEAN: np.ones(4, dtype=bool), **right, "noise": np.ones(4, dtype=bool)})
-    assert (found.num_images, found.clean, found.mean) == (4, 1.0, pytest.approx((5 * 0.25 + 1) / 6, abs=1e-6))
-    assert found.corruptions["noise"] == 1
+    answers = {CLEAN: np.ones(4, dtype=bool), **right, "noise": np.ones(4, dtype=bool)}
+    found = robustness_of(answers, confidence=0.95, draws=400, seed=0)
+    assert (found.num_images, found.clean.accuracy, found.corruptions["noise"].accuracy) == (4, 1, 1)
+    assert found.mean.accuracy == pytest.approx((5 * 0.25 + 1) / 6, abs=1e-6)
+    assert found.corruptions["blur"] == accuracy_of(right["blur"], 0.95)
+
+
+def test_the_interval_over_corruptions_knows_that_a_picture_s_answers_go_together() -> None:
+    """Half the pictures right under all: as wide as of one corruption, not of six times the pictures."""
+    right = np.arange(100) < 50
+    found = robustness_of({CLEAN: right, **dict.fromkeys(CORRUPTIONS, right)}, confidence=0.95, draws=4000, seed=0)
+    alone = accuracy_of(right, 0.95)
+    assert found.mean.accuracy == 0.5
+    assert found.mean.accuracy_low == pytest.approx(alone.accuracy_low, abs=0.02)
+    assert found.mean.accuracy_high == pytest.approx(alone.accuracy_high, abs=0.02)
 
 
 # Intervals of the means over the classes.

@@ -533,6 +533,16 @@ def test_a_stage_that_costs_too_much_is_cut_short_or_left_out(layout: Layout, re
     assert report.stages[0].steps == 0
 
 
+def test_what_is_frozen_is_not_kept_for_more_views_than_the_limit_of_work_lets_training_see(
+    layout: Layout, repository: Path
+) -> None:
+    """Ten epochs of four views, of which the limit affords less than three."""
+    changes: dict[str, Any] = {"stages": ("top",), "views": 4, "epochs": 10, "batch_size": 5}
+    (record,) = run(layout, repository, **changes, max_tflop=1e-3).stages
+    assert (record.boundary, record.limited_by) == ("recomputed", "max_tflop")
+    assert record.steps < 4 * (NUM_IMAGES - NUM_VAL) / 5
+
+
 def test_a_diverging_stage_is_dropped(layout: Layout, repository: Path) -> None:
     report = run(layout, repository, learning_rate=1e30, warmup_fraction=0.0)
     assert report.kept == ()
@@ -734,6 +744,17 @@ def test_from_scratch_starts_from_random_weights_and_is_taken_as_it_is(layout: L
     assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
     losses = [float(row["train_loss"]) for row in csv.DictReader(io.StringIO(layout.epochs.read_text()))]
     assert losses[0] < 1.5 * math.log(10)
+    assert not layout.checkpoints_dir.exists()
+
+
+def test_random_weights_that_diverge_leave_the_probe_and_say_so(layout: Layout, repository: Path) -> None:
+    scratch = scratch_of(repository, 1e-3).model_copy(update={"learning_rate": 1e30})
+    report = run(layout, repository, stages=("scratch",), scratch=scratch)
+    (record,) = report.stages
+    assert (report.kept, record.kept, record.val_accuracy_after) == ((), False, None)
+    assert record.reason.startswith("dropped: it diverged, the loss is nan at step ")
+    assert record.epochs >= 1
+    assert [path.name for path in layout.finetuned_dir.iterdir()] == ["finetuned.json"]
     assert not layout.checkpoints_dir.exists()
 
 
@@ -941,6 +962,32 @@ def read_position(path: Path) -> dict[str, Any]:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     values: dict[str, Any] = json.loads(header["__metadata__"]["tanuki"])["position"]
     return values
+
+
+class SlowToTheSecondEpoch(InterruptAtSecondEpoch):
+    """The same after a first epoch that takes two seconds more."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "train loss" in record.getMessage() and not self.epochs:
+            time.sleep(2)
+        super().emit(record)
+
+
+def test_a_resumed_run_tells_the_seconds_before_it_was_interrupted_too(
+    layout: Layout, repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="tasks")
+    logger, handler = logging.getLogger("tasks.training.staged"), SlowToTheSecondEpoch()
+    logger.addHandler(handler)
+    with pytest.raises(KeyboardInterrupt):
+        run(layout, repository, stages=("top",))
+    logger.removeHandler(handler)
+    began = time.perf_counter()
+    run(layout, repository, stages=("top",))
+    resumed_s = time.perf_counter() - began
+    assert json.loads(layout.times("finetune").read_text())["seconds"] > resumed_s + 1
+    run(layout, repository, stages=("top",))
+    assert json.loads(layout.times("finetune").read_text())["seconds"] < resumed_s + 1, "a run of its own"
 
 
 @pytest.mark.slow

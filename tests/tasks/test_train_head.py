@@ -492,6 +492,34 @@ class TestBadInput:
         assert report.chance_accuracy == pytest.approx(1 / 3, abs=0.1)
         assert "the probe is at chance" in caplog.text
 
+    @pytest.mark.parametrize(("large", "small"), [(302, 2), (100, 5)])
+    def test_a_probe_that_has_all_images_of_uneven_classes_right_is_not_at_chance(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, large: int, small: int
+    ) -> None:
+        """Always naming the large class is nearly as often right, and no interval of an accuracy tells them apart."""
+        caplog.set_level("INFO", logger="tasks")
+        counts = {"ant": 5 * large // 3 + 1, "bee": 5 * small // 3 + 1}
+        layout = make_workspace(tmp_path, counts)
+        images = read_manifest(layout.accepted)
+        train = images[images["split"] == "train"]
+        rows = [*train.index[train["label"] == "ant"][:large], *train.index[train["label"] == "bee"][:small]]
+        write_manifest(layout.accepted, images.loc[rows])
+        cache_features.run(layout, features=FEATURES, augment=AUGMENT)
+        report = train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=TRAIN_HEAD, gate=GATE)
+        assert report.num_train_by_class == {"ant": large, "bee": small}
+        assert report.out_of_fold_accuracy == 1
+        assert report.chance_accuracy == pytest.approx(large / (large + small))
+        assert not report.is_at_chance
+        assert "at chance" not in caplog.text
+
+    def test_what_is_at_chance_by_paired_answers(self) -> None:
+        assert train_head.is_at_chance(0, 0), "it always names the largest class itself"
+        assert train_head.is_at_chance(20, 20)
+        assert train_head.is_at_chance(24, 18), "noise"
+        assert not train_head.is_at_chance(30, 12)
+        assert not train_head.is_at_chance(2, 0), "two images can show nothing"
+        assert not train_head.is_at_chance(8, 1), "too few to call it noise"
+
 
 def shas_of(layout: Layout, label: str) -> list[str]:
     images = read_manifest(layout.accepted)
