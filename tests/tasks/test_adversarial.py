@@ -392,7 +392,7 @@ def test_a_loss_that_is_no_number_stops_the_stage_and_the_best_epoch_so_far_is_j
         val=val,
         mean=card.mean,
         std=card.std,
-        settings=finetune._settings(card, 0, brisk),
+        settings=finetune._settings(card, 0, brisk, "cpu"),
         adversarial=finetune._adversarial_settings(brisk),
         checkpoints=CheckpointFile(layout.checkpoints_dir / "c.safetensors", "digest"),
         on_epoch=spoil,
