@@ -80,6 +80,9 @@ class Connection(HttpToolsProtocol):
         self._piece_bytes = 0
         self._patience = Deadline(self.loop)  # for a head, and for the next request
         self.body_deadline = Deadline(self.loop)
+        # Uvicorn would refuse requests of all connections while there are too many, in words not the protocol's.
+        limit, self.limit_concurrency = self.limit_concurrency, None
+        self.is_one_too_many = limit is not None and len(self.connections) > limit
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -184,6 +187,11 @@ class Exchange:
     def has_left(self) -> bool:
         """Whether nobody waits for the answer any more."""
         return self._cycle.disconnected or self._connection.transport.is_closing()
+
+    @property
+    def is_one_too_many(self) -> bool:
+        """Whether its connection was one more than may be open."""
+        return self._connection.is_one_too_many
 
     def abort(self) -> None:
         """Ends the connection at once, whatever is still to be sent."""

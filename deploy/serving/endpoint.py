@@ -19,7 +19,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from deploy.serving.connection import EXCHANGE, Exchange
-from deploy.serving.errors import BAD_REQUEST, NOT_FOUND, TOO_LARGE, TOO_SLOW, UNAUTHORIZED, RequestError
+from deploy.serving.errors import BAD_REQUEST, NOT_FOUND, TOO_LARGE, TOO_SLOW, UNAUTHORIZED, UNAVAILABLE, RequestError
 from deploy.serving.service import Service
 
 JSON = b"application/json"
@@ -233,6 +233,9 @@ class Endpoint:
             logger.info("%s %s %s", scope["method"], scope["path"], problem or "answered", extra=facts)
 
     async def _reply(self, call: Call) -> Reply:
+        if call.exchange.is_one_too_many:
+            limit = self._service.settings.max_connections
+            raise RequestError(UNAVAILABLE, f"more than {limit} connections are open", retry_after_s=1)
         if not self._is_open and not self._service.admits(call.headers.get(b"authorization")):
             raise RequestError(UNAUTHORIZED, "this server wants a bearer token")
         handler = self._handlers.get(call.scope["method"])
@@ -251,7 +254,8 @@ class Endpoint:
             (b"x-request-id", call.id.encode()),
             *reply.headers,
         ]
-        is_last = self._service.draining or reply.status in (TOO_SLOW, TOO_LARGE)  # a body's rest is not waited for
+        is_last = self._service.draining or call.exchange.is_one_too_many
+        is_last = is_last or reply.status in (TOO_SLOW, TOO_LARGE)  # a body's rest is not waited for
         if call.exchange.reply(reply.status, headers, reply.body, is_last=is_last):
             return
         if is_last:

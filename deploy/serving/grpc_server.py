@@ -39,6 +39,7 @@ from deploy.serving.inference_protocol import (
     pack_bytes,
     pictures_of_json,
     pictures_of_raw,
+    refuse_shared_memory,
     timeout_of,
 )
 from deploy.serving.service import Service
@@ -137,26 +138,18 @@ class InferenceService:
             raw_output_contents=[each.raw() for each in outputs],
         )
 
-    async def model_stream_infer(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        """Answers one after the other; a mistake ends nothing but its own request."""
-        async for request in requests:
-            try:
-                answer = await self.model_infer(request, context)
-                yield self.types["ModelStreamInferResponse"](infer_response=answer)
-            except RequestError as error:
-                failed = self.types["ModelInferResponse"](id=request.id)
-                yield self.types["ModelStreamInferResponse"](error_message=error.message, infer_response=failed)
-
     def _understood(self, request: Any) -> InferRequest:
         name, limit = self.service.models.name, self.service.settings.max_pictures
         check_one_input([each.name for each in request.inputs], model=name, request_id=request.id)
         (given,) = request.inputs
+        refuse_shared_memory(_integers(given.parameters), f"input '{given.name}'", model=name)
         tensor = check_input(given.name, given.datatype, given.shape, model=name, request_id=request.id, max_n=limit)
         wanted: list[WantedOutput] = []
         for each in request.outputs:
             check_output(each.name, wanted, model=name)
-            classes = _integers(each.parameters).get("classification", 0)
-            wanted.append(WantedOutput(each.name, num_classes=max(0, classes)))
+            parameters = _integers(each.parameters)
+            refuse_shared_memory(parameters, f"output '{each.name}'", model=name)
+            wanted.append(WantedOutput(each.name, num_classes=max(0, parameters.get("classification", 0))))
         pictures = self._pictures(request, tensor)
         return InferRequest(
             request.id, pictures, tuple(wanted) or all_outputs(), timeout_of(_integers(request.parameters))
@@ -297,13 +290,31 @@ class GrpcServer:
         return call
 
     def _guarded_stream(self, calls: InferenceService) -> Callable[[AsyncIterator[Any], Context], AsyncIterator[Any]]:
+        """Answers one after the other, each counted; a mistake ends nothing but its own request."""
+
+        async def answered(request: Any, context: Context) -> Any:
+            start, status = time.perf_counter(), 499
+            try:
+                answer = await calls.model_infer(request, context)
+                status = 200
+                return calls.types["ModelStreamInferResponse"](infer_response=answer)
+            except RequestError as error:
+                status, message = error.status, error.message
+            except Exception:
+                status, message = 500, "the server failed"
+                logger.exception("the gRPC call ModelStreamInfer failed")
+            finally:
+                self._service.metrics.request("grpc_ModelStreamInfer", status, time.perf_counter() - start)
+            failed = calls.types["ModelInferResponse"](id=request.id)
+            return calls.types["ModelStreamInferResponse"](error_message=message, infer_response=failed)
+
         async def call(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
             try:
                 self._admit(context)
             except RequestError as error:
                 await context.abort(CODES[error.status], error.message)
-            async for answer in calls.model_stream_infer(requests, context):
-                yield answer
+            async for request in requests:
+                yield await answered(request, context)
 
         return call
 

@@ -26,11 +26,11 @@ from deploy.serving.inference_protocol import (
     echo,
     pictures_of_json,
     pictures_of_raw,
+    refuse_shared_memory,
     timeout_of,
 )
 from deploy.serving.live_model import LiveModel
 
-SHARED_MEMORY = "shared_memory_region"
 KNOWN_BYTES = 1024  # of JSON that is kept, to be understood once
 NO_NATURAL = "attempt to access JSON non-unsigned-integer as unsigned-integer"
 
@@ -170,8 +170,7 @@ def _pictures(asked: _Asked, binary: memoryview, *, model: str) -> Sequence[Pict
 def _binary_size(entry: dict[str, Any], name: str, *, model: str) -> int | None:
     """How many of the bytes after the JSON an input takes; None where its data is in the JSON."""
     parameters = _object(entry, "parameters")
-    if SHARED_MEMORY in parameters:
-        raise bad(f"shared memory is not offered: input '{name}' for model '{model}'")
+    refuse_shared_memory(parameters, f"input '{name}'", model=model)
     size = parameters.get("binary_data_size")
     if size is None:
         if "data" not in entry:
@@ -191,8 +190,7 @@ def _outputs(said: dict[str, Any], *, model: str, is_binary: bool) -> tuple[Want
         name = _text(each, "name")
         check_output(name, wanted, model=model)
         parameters = _object(each, "parameters")
-        if SHARED_MEMORY in parameters:
-            raise bad(f"shared memory is not offered: output '{name}' for model '{model}'")
+        refuse_shared_memory(parameters, f"output '{name}'", model=model)
         classes = parameters.get("classification", 0)
         if not _is_natural(classes):
             raise bad(f"Unable to parse 'classification': {NO_NATURAL}")

@@ -15,7 +15,7 @@ References:
 import base64
 import binascii
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -338,6 +338,16 @@ def summed_statistics(processes: Iterable[dict[str, Any]]) -> list[dict[str, Any
         for key, done in each["inference_stats"].items():
             known["inference_stats"][key] = {unit: known["inference_stats"][key][unit] + n for unit, n in done.items()}
     return [done for _, done in sorted(summed.items())]
+
+
+def refuse_shared_memory(parameters: Container[str], what: str, *, model: str) -> None:
+    """Of an input or output, which may lie in memory that client and server share where Triton serves.
+
+    Raises:
+        RequestError: If it does.
+    """
+    if "shared_memory_region" in parameters:
+        raise bad(f"shared memory is not offered: {what} for model '{model}'")
 
 
 def timeout_of(parameters: Mapping[str, Any]) -> float | None:

@@ -102,6 +102,16 @@ def _port(process: "subprocess.Popen[str]", log: Path) -> int:
     raise AssertionError(f"the server did not start: {log.read_text()}")
 
 
+def make_certificate(folder: Path) -> Path:
+    """A certificate of this machine, cert.pem in a folder, and key.pem beside it."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem",
+         "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
+        cwd=folder, check=True, capture_output=True,
+    )  # fmt: skip
+    return folder / "cert.pem"
+
+
 def eventually(condition: Any, timeout_s: float = 60) -> None:
     """Waits until something holds."""
     deadline = time.monotonic() + timeout_s

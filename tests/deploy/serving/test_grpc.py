@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from deploy.serving.grpc_messages import HEALTH, INFERENCE, message_classes
-from tests.deploy.serving.running import Running, add_version, serving
+from tests.deploy.serving.running import Running, add_version, eventually, make_certificate, serving
 from tests.deploy.serving.test_inference_protocol import LENGTH, REQUESTS
 from tests.deploy.tiny_bundle import LABELS, colour_image, encoded
 
@@ -202,7 +202,7 @@ def test_it_answers_the_recorded_requests_as_triton_does(
     assert re.sub(r"\d+", "#", told) == re.sub(r"\d+", "#", said)
 
 
-def test_infer_by_callback_and_by_stream(client: Any) -> None:
+def test_infer_by_callback_and_by_stream(client: Any, running: Running) -> None:
     answers: queue.Queue[Any] = queue.Queue()
     client.async_infer("m", [images_input("rot no 1e-3")], lambda result, error: answers.put((result, error)))
     result, error = answers.get(timeout=20)
@@ -216,6 +216,8 @@ def test_infer_by_callback_and_by_stream(client: Any) -> None:
     client.stop_stream()
     assert [result.as_numpy("probabilities").argmax() for result, error in (told[0], told[2])] == [1, 0]
     assert "unknown model" in str(told[1][1])
+    for code, num in (("200", 2), ("404", 1)):
+        assert running.metric(f'tanuki_requests_total{{code="{code}",route="grpc_ModelStreamInfer"}}') == num
 
 
 def test_mistakes_have_their_code_and_the_same_words(client: Any) -> None:
@@ -224,6 +226,9 @@ def test_mistakes_have_their_code_and_the_same_words(client: Any) -> None:
     wrong_type = client_module.InferInput("images", [1, 1, 1, 3], "FP32")
     wrong_type.set_data_from_numpy(np.zeros((1, 1, 1, 3), np.float32))
     twice = [client_module.InferRequestedOutput("embedding")] * 2
+    shared_input, shared_output = images_input("blau"), client_module.InferRequestedOutput("embedding")
+    shared_input.set_shared_memory("region", 100)
+    shared_output.set_shared_memory("region", 100)
     for call, code, message in (
         (lambda: client.infer("other", [images_input("blau")]), "NOT_FOUND", "unknown model: 'other' is not found"),
         (lambda: client.infer("m", [images_input("blau")], "7"), "NOT_FOUND", "version 7 is not found"),
@@ -232,6 +237,12 @@ def test_mistakes_have_their_code_and_the_same_words(client: Any) -> None:
         (lambda: client.infer("m", [images_input(*["blau"] * 9)]), "INVALID_ARGUMENT", "must be <= 8"),
         (lambda: client.infer("m", [images_input("blau"), encoded_input("blau")]), "INVALID_ARGUMENT", "got 2 inputs"),
         (lambda: client.infer("m", [images_input("blau")], outputs=twice), "INVALID_ARGUMENT", "asked for twice"),
+        (lambda: client.infer("m", [shared_input]), "INVALID_ARGUMENT", "not offered: input 'images' for model 'm'"),
+        (
+            lambda: client.infer("m", [images_input("blau")], outputs=[shared_output]),
+            "INVALID_ARGUMENT",
+            "not offered: output 'embedding' for model 'm'",
+        ),
         (lambda: client.get_model_metadata("other"), "NOT_FOUND", "'other' is not found"),
         (lambda: client.unload_model("m"), "INVALID_ARGUMENT", "promote or roll back"),
         (lambda: client.load_model("other"), "INVALID_ARGUMENT", "failed to load 'other'"),
@@ -275,6 +286,51 @@ def test_tokens_keep_others_out_and_sigterm_ends_it(tmp_path: Path) -> None:
             told = client.infer("tanuki", [images_input("blau")], headers={"authorization": "Bearer secret"})
             assert told.as_numpy("probabilities").argmax() == 0
         assert running.stop() == 0
+
+
+def test_a_deadline_a_full_queue_and_who_hangs_up_are_told_apart(tmp_path: Path) -> None:
+    add_version(tmp_path / "registry", tmp_path)
+    limits = ("--max-waiting", "8", "--max-pictures", "8", "--threads", "1", "--max-wait-s", "30")
+    huge = np.full((8, 2000, 2000, 3), 7, np.uint8)
+    slow = client_module.InferInput("images", huge.shape, "UINT8")
+    slow.set_data_from_numpy(huge)
+    with (
+        serving(tmp_path / "registry", tmp_path, "--grpc-port", "0", "--max-body-mb", "200", *limits) as running,
+        client_module.InferenceServerClient(f"127.0.0.1:{running.grpc_port}") as client,
+    ):
+        answers: queue.Queue[Any] = queue.Queue()
+
+        def infer(tensor: Any, **options: Any) -> Any:
+            return client.async_infer("tanuki", [tensor], lambda result, error: answers.put((result, error)), **options)
+
+        infer(slow)
+        eventually(lambda: running.metric("tanuki_waiting_pictures") == 8)
+        with pytest.raises(InferenceServerException, match="UNAVAILABLE"):
+            client.infer("tanuki", [images_input("blau")])
+        assert answers.get(timeout=60)[1] is None
+        with pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):
+            client.infer("tanuki", [slow], client_timeout=0.05)
+        eventually(lambda: running.metric("tanuki_waiting_pictures") == 0)
+        infer(slow).cancel()
+        assert "cancelled" in str(answers.get(timeout=60)[1]).lower()
+        eventually(lambda: running.metric("tanuki_waiting_pictures") == 0)
+        assert client.infer("tanuki", [images_input("blau")]).as_numpy("probabilities").argmax() == 0
+        assert not any("Traceback" in line for line in running.log.read_text().splitlines())
+
+
+def test_tls_by_setting(tmp_path: Path) -> None:
+    add_version(tmp_path / "registry", tmp_path)
+    certificate = make_certificate(tmp_path)
+    options = ("--grpc-port", "0", "--tls-cert", "cert.pem", "--tls-key", "key.pem")
+    with serving(tmp_path / "registry", tmp_path, *options) as running:
+        address = f"127.0.0.1:{running.grpc_port}"
+        with client_module.InferenceServerClient(address, ssl=True, root_certificates=str(certificate)) as client:
+            assert client.infer("tanuki", [images_input("blau")]).as_numpy("probabilities").argmax() == 0
+        with (
+            client_module.InferenceServerClient(address) as client,
+            pytest.raises(InferenceServerException, match="UNAVAILABLE"),
+        ):
+            client.is_server_live()
 
 
 def test_a_port_in_use_is_told(running: Running, tmp_path: Path) -> None:

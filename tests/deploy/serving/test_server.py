@@ -22,7 +22,7 @@ from PIL import Image
 from deploy.registry import Registry
 from deploy.serving.settings import parse_settings
 from tests.conftest import REPOSITORY
-from tests.deploy.serving.running import Running, add_version, eventually, make_champion, serving
+from tests.deploy.serving.running import Running, add_version, eventually, make_certificate, make_champion, serving
 from tests.deploy.test_images import DIRT
 from tests.deploy.tiny_bundle import LABELS, colour_image, encoded
 
@@ -372,14 +372,27 @@ def test_tokens_keep_others_out(registry: Path, tmp_path: Path) -> None:
             assert running.client.post("/predict", content=BLUE, headers=header).status_code == 200
 
 
+def test_connections_beyond_the_limit_are_told_and_the_others_go_on(registry: Path, tmp_path: Path) -> None:
+    with serving(registry, tmp_path, "--max-connections", "2") as running:
+        assert running.client.post("/predict", content=BLUE).status_code == 200  # whose connection stays open
+        with httpx.Client(base_url=running.url) as second, httpx.Client(base_url=running.url) as third:
+            assert second.get("/v2/health/live").status_code == 200
+            refused = third.post("/predict", content=BLUE)
+            assert (refused.status_code, refused.headers["retry-after"], refused.headers["connection"]) == (
+                503,
+                "1",
+                "close",
+            )
+            assert refused.json() == {"error": "more than 2 connections are open"}
+            for client in (running.client, second):
+                assert client.post("/predict", content=BLUE).status_code == 200
+            second.close()
+            eventually(lambda: third.post("/predict", content=BLUE).status_code == 200)
+
+
 def test_tls_by_setting(registry: Path, tmp_path: Path) -> None:
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem",
-         "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
-        cwd=tmp_path, check=True, capture_output=True,
-    )  # fmt: skip
+    trusted = ssl.create_default_context(cafile=str(make_certificate(tmp_path)))
     with serving(registry, tmp_path, "--tls-cert", "cert.pem", "--tls-key", "key.pem") as running:
-        trusted = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
         assert httpx.post(f"{running.url}/predict", content=BLUE, verify=trusted).status_code == 200
 
 
