@@ -41,9 +41,7 @@ if TYPE_CHECKING:
     from tasks.models.head import Head
     from tasks.params import AugmentParams, FeaturesParams, GateParams, TrainHeadParams
 
-CONFIDENCE = (
-    0.99  # of the claim that a probe knows more than which class is the largest; C is chosen on the same images
-)
+CONFIDENCE = 0.99  # that a probe knows more than which class is the largest; C is chosen on the same images
 CLEAR_SHARE = 0.75  # of the images on which the two differ: who wins so many should be seen to be better
 SOLVER = "L-BFGS, multinomial, every image weighs the same"
 
