@@ -22,7 +22,7 @@ from flows.retrain import publish_champion, retrain
 from flows.run_log import told
 from flows.run_metrics import recorded
 from flows.warm import warm_python
-from flows.workspace import WorkspaceError, exclusive, find_workspace, out_of_date
+from flows.workspace import BusyError, WorkspaceError, exclusive, find_workspace, out_of_date
 from tasks.layout import Layout
 
 STATES = {
@@ -78,10 +78,23 @@ def _retrain(main: Layout, promote: bool, publish: bool, reason: str) -> State[A
         finally:
             _bring_back(main, clone, snapshot)
         finish(clone)
-    if publish and verdict.champion:
+    unpublished = _publish(main) if publish and verdict.champion else ""
+    return Completed(name=STATES[verdict.outcome] if promote else "Judged", message=_message(verdict) + unpublished)
+
+
+def _publish(main: Layout) -> str:
+    """Publishes the champion; where the workspace went on meanwhile, why not, in words: the run has not failed."""
+    try:
         with exclusive(main, "publish by schedule", wait_s=PATIENCE_S):
-            publish_champion(main)
-    return Completed(name=STATES[verdict.outcome] if promote else "Judged", message=_message(verdict))
+            published = publish_champion(main)
+    except publication.MovedOnError:
+        return (
+            " Not published: images, code or params changed during this run, and git would name others than the model "
+            "was made with. What the next retrain promotes is published."
+        )
+    except BusyError as error:
+        return f" Not published yet: {error} The next run publishes it if nothing changed."
+    return "" if published.is_known else f" {published.text()}"
 
 
 def _why_idle(main: Layout, promote: bool) -> str | None:
