@@ -4,6 +4,7 @@ DVC knows git's references only. A version's outputs may be in no commit, so the
 that uses this cache: it then collects them by its own rules, folders and all. Behind `tanuki gc`.
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -55,12 +56,20 @@ def sweep_cache(
     with tempfile.TemporaryDirectory(prefix="tanuki-gc-") as folder:
         _write_project(Path(folder), cache, versions)
         command = ("gc", *SCOPE, "--projects", folder, *also)
-        told = dvc(layout, *command, "--dry")
-        removed = [Path(path) for path in re.findall(r"^Removing (.+)$", told, re.MULTILINE)]
-        sizes = [path.stat().st_size for path in removed if path.is_file()]
-        if removed and not dry_run:
-            dvc(layout, *command, "--force", "--quiet")
-    return CacheSweep(len(removed), sum(sizes))
+        if dry_run:
+            told = dvc(layout, *command, "--dry")
+            removed = [Path(path) for path in re.findall(r"^Removing (.+)$", told, re.MULTILINE)]
+            return CacheSweep(len(removed), sum(path.stat().st_size for path in removed if path.is_file()))
+        before = _sizes(cache)  # DVC lists only what it would remove, and reads all commits each time that it is asked
+        dvc(layout, *command, "--force", "--quiet")
+    gone = before.keys() - _sizes(cache).keys()
+    return CacheSweep(len(gone), sum(before[path] for path in gone))
+
+
+def _sizes(cache: Path) -> dict[str, int]:
+    """Bytes of each file in DVC's cache, by its path."""
+    entries = (entry for folder in (cache / "files" / "md5").glob("??") for entry in os.scandir(folder))
+    return {entry.path: entry.stat(follow_symlinks=False).st_size for entry in entries}
 
 
 def _write_project(folder: Path, cache: Path, versions: Mapping[int, Mapping[str, str]]) -> None:

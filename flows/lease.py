@@ -1,4 +1,4 @@
-"""Leases: each scheduled run gets a number, and only the latest that came to the gate may still change the champion.
+"""Leases: each retrain gets a number, and only the latest that came to the gate may still change the champion.
 
 A run that was taken for dead may wake up hours later, with a model of yesterday's data. The registry's compare-and-swap
 does not notice: nobody promoted between this run's look and its promotion. So a lease is a fencing token (Kleppmann,

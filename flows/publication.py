@@ -36,6 +36,10 @@ ARTIFACT, STAGE = "tanuki", "prod"  # the artifact of dvc.yaml, and GTO's name o
 CODE = ("dvc.yaml", ".dvc/config", "tasks", "deploy")  # what a model was made with and is not ours to commit
 
 
+class MovedOnError(WorkspaceError):
+    """The workspace has other data, code or params by now than the champion was made with."""
+
+
 @dataclass(frozen=True)
 class Published:
     """What was published.
@@ -211,7 +215,7 @@ def _check_committable(layout: Layout) -> None:
             + "\nCommit it (or `git stash` it and retrain), then publish. Nothing was pushed."
         )
     if stale := out_of_date(layout):
-        raise WorkspaceError(
+        raise MovedOnError(
             f"dvc.lock is behind what it is about: {', '.join(stale)} would run. Run `tanuki retrain`, then publish."
         )
 

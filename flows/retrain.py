@@ -16,7 +16,7 @@ from prefect.states import Completed
 from prefect.tasks import Task
 
 from flows import promotion, publication, reports, run_metrics
-from flows.lease import Lease
+from flows.lease import Lease, take_lease
 from flows.validation_artifacts import publish_validation
 from flows.workspace import TEMPORARY_FAILURE, StageError, StageRun, exclusive, find_workspace, reproduce, track_raw
 from tasks.layout import Layout
@@ -98,11 +98,12 @@ def retrain(
         promote: Whether a challenger that passes the gate becomes champion.
         publish: Whether the champion then goes to the DVC remote and to git.
         key: File of the private key that signs what the gate promotes; $TANUKI_SIGNING_KEY where None.
-        lease: A scheduled run's; a run that a person started needs none.
+        lease: A scheduled run's, which tells of itself to Prometheus; where None, the next of this workspace.
     """
     private_key = promotion.signing_key(None if key is None else Path(key))
     layout = find_workspace(Path(root))
-    with exclusive(layout, "retrain"), run_metrics.recorded(layout):
+    with exclusive(layout, "retrain"), nullcontext() if lease else run_metrics.recorded(layout):
+        lease = lease or take_lease(layout)  # a scheduled run on older data, still under way, comes too late then
         if publish:
             publication.check_publishable(layout)
         track_raw(layout)
@@ -131,9 +132,9 @@ def retrain(
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
-def judge(layout: Layout, promote: bool, key: Path | None, lease: Lease | None) -> promotion.Verdict:
+def judge(layout: Layout, promote: bool, key: Path | None, lease: Lease) -> promotion.Verdict:
     """Registers the bundle, puts it before the gate, and signs and promotes it if it passes."""
-    with lease.at_the_gate() if lease else nullcontext():
+    with lease.at_the_gate():
         return promotion.judge(layout, promote=promote, key=key)
 
 

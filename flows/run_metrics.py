@@ -18,8 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.event_log import MOVES
 from deploy.files import write_bytes
-from flows.registries import registry_of
-from flows.workspace import data_version
+from flows.lease import SupersededError
+from flows.registries import registry_of, registry_place
+from flows.workspace import BusyError, data_version
 from tasks.layout import Layout
 
 if TYPE_CHECKING:
@@ -28,14 +29,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def recorded(layout: Layout) -> Iterator[None]:
-    """Tells of the retrain in this block, also of one that fails."""
+    """Tells of the retrain in this block, also of one that fails; not of one that gives way to another."""
     start = time.time()
-    succeeded = False
     try:
         yield
-        succeeded = True
-    finally:
-        record_retrain(layout, start=start, end=time.time(), succeeded=succeeded)
+    except (BusyError, SupersededError):
+        raise  # the other one tells of itself
+    except BaseException:
+        record_retrain(layout, start=start, end=time.time(), succeeded=False)
+        raise
+    record_retrain(layout, start=start, end=time.time(), succeeded=True)
 
 
 def record_retrain(layout: Layout, *, start: float, end: float, succeeded: bool) -> None:
@@ -47,7 +50,7 @@ def record_retrain(layout: Layout, *, start: float, end: float, succeeded: bool)
         end: The same.
         succeeded: Whether it came to its end, promotion or not.
     """
-    path = layout.run_metrics_dir / "retrain.prom"
+    path = _folder(layout) / "retrain.prom"
     before = _read(path)
     registry = CollectorRegistry()
 
@@ -86,7 +89,13 @@ def record_drift(layout: Layout, report: "DriftReport") -> None:
     p_value = Gauge("tanuki_drift_p_value", "Of each test, after Holm.", ["test"], registry=registry)
     for name, test in report.tests.items():
         p_value.labels(name).set(test["adjusted_p_value"])
-    write_bytes(layout.run_metrics_dir / "drift.prom", generate_latest(registry))
+    write_bytes(_folder(layout) / "drift.prom", generate_latest(registry))
+
+
+def _folder(layout: Layout) -> Path:
+    """Beside the versions, where a server looks; in the workspace, where these are behind a URL."""
+    place = registry_place(layout)
+    return layout.run_metrics_dir if "://" in place else Path(place) / layout.run_metrics_dir.name
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

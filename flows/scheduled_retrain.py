@@ -6,7 +6,6 @@ params as the last one does nothing; so a run twice, a late run and a run too ma
 """
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from flows.promotion import Verdict
 from flows.registries import registry_of
 from flows.retrain import publish_champion, retrain
 from flows.run_log import told
-from flows.run_metrics import record_retrain
+from flows.run_metrics import recorded
 from flows.warm import warm_python
-from flows.workspace import WorkspaceError, exclusive, find_workspace, out_of_date
+from flows.workspace import BusyError, WorkspaceError, exclusive, find_workspace, out_of_date
 from tasks.layout import Layout
 
 STATES = {
@@ -51,33 +50,51 @@ def scheduled_retrain(
         publish: Whether the champion then goes to the DVC remote and to git.
         reason: What set it off, in words.
     """
-    return told(lambda: _retrain(find_workspace(Path(root)), promote, publish, reason))
+    return told(lambda: _recorded(find_workspace(Path(root)), promote, publish, reason))
+
+
+def _recorded(main: Layout, promote: bool, publish: bool, reason: str) -> State[Any]:
+    """A run that fails before its first stage has failed, too."""
+    try:
+        with recorded(main):
+            return _retrain(main, promote, publish, reason)
+    except SupersededError as error:
+        return Completed(name="Superseded", message=str(error))
 
 
 def _retrain(main: Layout, promote: bool, publish: bool, reason: str) -> State[Any]:
-    start = time.time()
-    lease = take_lease(main)
-    logger.info("retrain with lease %d, %s", lease.number, reason)
     with exclusive(main, "retrain by schedule", wait_s=PATIENCE_S):
         if idle := _why_idle(main, promote):
             done = _publish_rest(main) if publish else ""
-            record_retrain(main, start=start, end=time.time(), succeeded=True)
             return Completed(name="Nothing to do", message=idle + done)
+        lease = take_lease(main)  # under the lock, so that leases have the order of the data that runs read
         snapshot = take_snapshot(main)
+    logger.info("retrain with lease %d, %s", lease.number, reason)
     with warm_python(main, None), borrow_clone(main) as clone:
         logger.info("in the clone %s, at commit %s", clone.root, snapshot.commit[:8])
         prepare_clone(main, clone, snapshot)
         try:
             verdict = retrain.fn(clone.root, promote=promote, lease=lease).verdict
-        except SupersededError as error:
-            return Completed(name="Superseded", message=str(error))
         finally:
             _bring_back(main, clone, snapshot)
         finish(clone)
-    if publish and verdict.champion:
+    unpublished = _publish(main) if publish and verdict.champion else ""
+    return Completed(name=STATES[verdict.outcome] if promote else "Judged", message=_message(verdict) + unpublished)
+
+
+def _publish(main: Layout) -> str:
+    """Publishes the champion; where the workspace went on meanwhile, why not, in words: the run has not failed."""
+    try:
         with exclusive(main, "publish by schedule", wait_s=PATIENCE_S):
-            publish_champion(main)
-    return Completed(name=STATES[verdict.outcome] if promote else "Judged", message=_message(verdict))
+            published = publish_champion(main)
+    except publication.MovedOnError:
+        return (
+            " Not published: images, code or params changed during this run, and git would name others than the model "
+            "was made with. What the next retrain promotes is published."
+        )
+    except BusyError as error:
+        return f" Not published yet: {error} The next run publishes it if nothing changed."
+    return "" if published.is_known else f" {published.text()}"
 
 
 def _why_idle(main: Layout, promote: bool) -> str | None:

@@ -62,6 +62,7 @@ def up(
     from deploy.serving.settings import parse_settings
     from flows.up.settings import UpSettings
     from flows.up.supervisor import run_up
+    from flows.up.terminal import print_json_line
 
     parse_settings(["--registry", str(layout.registry_dir), *context.args], program="tanuki up")
     settings = UpSettings(
@@ -73,7 +74,8 @@ def up(
         notify=tuple(notify or ()),
         serve_options=tuple(context.args),
     )
-    run_up(layout, settings, partial(print, flush=True))
+    is_json = os.environ.get("TANUKI_LOG_FORMAT") == "json"
+    run_up(layout, settings, print_json_line if is_json else partial(print, flush=True))
 
 
 @app.command("gc")

@@ -29,7 +29,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import DeploymentSort, FlowRunSort
 from prefect.events.actions import ActionTypes, ChangeFlowRunState, SendNotification
@@ -134,7 +134,7 @@ def bury_the_dead(living: Collection[str], *, silent_s: float = 0.0) -> list[str
             if str(run.id) not in living and (run.state is None or run.state.timestamp <= since)
         ]
         for run in dead:
-            client.set_flow_run_state(run.id, Crashed(message=CUT_SHORT), force=True)
+            client.set_flow_run_state(run.id, _end_of(run, Crashed(message=CUT_SHORT)), force=True)
     return [run.name for run in dead]
 
 
@@ -148,12 +148,12 @@ def take_up() -> list[str]:
         cut_short = _under_way(client)
         retrains = {each.id for each in _deployments(client) if each.name == RETRAIN}
         for run in cut_short:
-            if run.deployment_id in retrains:
+            if run.deployment_id in retrains and not _is_cancelled(run):
                 # Before the old run is marked: a kill in between makes the same run again, which the key prevents.
                 client.create_flow_run_from_deployment(
                     run.deployment_id, parameters={"reason": GOING_ON}, idempotency_key=f"after-{run.id}"
                 )
-            client.set_flow_run_state(run.id, Crashed(name=STOPPED, message=CUT_SHORT), force=True)
+            client.set_flow_run_state(run.id, _end_of(run, Crashed(name=STOPPED, message=CUT_SHORT)), force=True)
     return [run.name for run in cut_short]
 
 
@@ -309,6 +309,15 @@ def _runs(client: SyncPrefectClient, *states: StateType) -> list[FlowRun]:
 
 def _under_way(client: SyncPrefectClient) -> list[FlowRun]:
     return _runs(client, StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
+
+
+def _is_cancelled(run: FlowRun) -> bool:
+    return run.state is not None and run.state.type == StateType.CANCELLING
+
+
+def _end_of(run: FlowRun, otherwise: State[Any]) -> State[Any]:
+    """What a run without a process ended as; one that a person was cancelling came to what they wanted."""
+    return Cancelled(message=CUT_SHORT) if _is_cancelled(run) else otherwise
 
 
 def _of_our_pool() -> WorkPoolFilter:

@@ -1,9 +1,12 @@
 """One readable stream out of the parts' logs, which stay whole in their files."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from deploy.json_log import JsonFormatter
 
 SERIOUS = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|^\w+(?:\.\w+)*(?:Error|Exception): ")
 PREFECT_LINE = re.compile(r"^(\d\d:\d\d:\d\d)\.\d+ \| (\w+)\s*\| (.*)$")
@@ -45,6 +48,14 @@ def readable(part: str, line: str) -> str | None:
     """A log line as the terminal shows it; None where a person need not see it."""
     told = {"server": _of_server, "worker": _of_worker, "model": _of_model}[part](line)
     return None if told is None else f"{part:<7} {told}"
+
+
+def print_json_line(text: str) -> None:
+    """A line of the terminal as JSON, for a box whose log is collected (TANUKI_LOG_FORMAT=json)."""
+    serious = SERIOUS.search(text)
+    level = serious[1] or "ERROR" if serious else "INFO"
+    record = logging.makeLogRecord({"name": "flows.up", "levelname": level, "msg": text})
+    print(JsonFormatter().format(record), flush=True)
 
 
 def _of_server(line: str) -> str | None:

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from prefect.utilities.templating import apply_values
 from ruamel.yaml import YAML
 
+from tasks.layout import Layout
 from tests.conftest import REPOSITORY
 
 DEPLOY = REPOSITORY / "deploy"
@@ -88,6 +89,42 @@ def test_compose_has_what_it_names_and_no_secret(tmp_path: Path) -> None:
             assert (path.parent / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
         secrets = {key: value for key, value in service.get("environment", {}).items() if "PASSWORD" in key}
         assert all(re.fullmatch(r"\$\{\w+:\?\}", value) for value in secrets.values()), name
+
+
+def test_compose_makes_the_folders_that_it_mounts_before_docker_does_so_for_root() -> None:
+    (compose,) = read_yaml(DEPLOY / "docker" / "compose.yaml")
+    services = compose["services"]
+    maker = services["folders"]
+    assert maker["entrypoint"] == ["mkdir", "-p"]
+    assert maker["user"] == services["model"]["user"] == services["worker"]["user"]
+    mounted = {
+        name: {volume.split(":")[0].removeprefix("../../") for volume in each.get("volumes", ()) if "/data/" in volume}
+        for name, each in services.items()
+    }
+    assert mounted["model"] == {"data/registry", "data/captures"}
+    for name, folders in mounted.items():
+        assert folders <= set(maker["command"])
+        if folders:
+            assert services[name]["depends_on"]["folders"] == {"condition": "service_completed_successfully"}
+
+
+def test_a_run_in_kubernetes_promotes_where_the_model_server_looks() -> None:
+    documents = {each["kind"]: each for each in read_yaml(DEPLOY / "kubernetes" / "serving.yaml")}
+    claim = documents["PersistentVolumeClaim"]["metadata"]["name"]
+    template = json.loads((DEPLOY / "kubernetes" / "work-pool.json").read_text())
+    assert template["variables"]["properties"]["registry_claim"]["default"] == claim
+    pod = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+    (volume,) = (each for each in pod["volumes"] if "registry_claim" in json.dumps(each))
+    places = {each["name"]: each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
+    workspace = Layout(Path(places["workspace"]))
+    assert places[volume["name"]] == str(workspace.registry_dir)
+
+
+def test_no_annotation_promises_metrics_that_want_a_token() -> None:
+    """Prometheus has none for pods that it finds by annotations: it would be told 401 for ever."""
+    for file in sorted((DEPLOY / "kubernetes").glob("*.yaml")):
+        text = file.read_text()
+        assert not ("--token-file" in text and "prometheus.io/scrape" in text), file.name
 
 
 @pytest.mark.parametrize("name", ["serving.yaml"])

@@ -19,7 +19,9 @@ from ruamel.yaml import YAML
 
 from deploy.registry import Registry
 from flows.drift_check import DriftReport
+from flows.lease import SupersededError
 from flows.run_metrics import record_drift, recorded
+from flows.workspace import BusyError
 from tasks.layout import Layout
 from tests.conftest import REPOSITORY
 from tests.deploy.serving.running import Running, add_version, eventually, serving
@@ -110,6 +112,25 @@ def test_a_failed_retrain_keeps_the_time_of_the_last_good_one(layout: Layout) ->
     changed = values(path.read_text())
     assert changed["tanuki_data_since_timestamp_seconds"] > before["tanuki_data_since_timestamp_seconds"]
     assert Registry(layout.registry_dir).champion_id() == 1  # the registry does not mind the folder in it
+
+
+@pytest.mark.parametrize("other", [SupersededError("a later one"), BusyError("at work")])
+def test_a_retrain_that_gives_way_to_another_is_neither_good_nor_failed(layout: Layout, other: Exception) -> None:
+    before = (layout.run_metrics_dir / "retrain.prom").read_bytes()
+    with pytest.raises(type(other)), recorded(layout):
+        raise other
+    assert (layout.run_metrics_dir / "retrain.prom").read_bytes() == before
+
+
+def test_runs_are_told_of_where_the_server_of_another_registry_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(tmp_path / "workspace")
+    monkeypatch.setenv("TANUKI_REGISTRY", str(tmp_path / "elsewhere"))
+    with recorded(layout):
+        pass
+    assert "tanuki_retrain_succeeded 1.0" in (tmp_path / "elsewhere" / "metrics" / "retrain.prom").read_text()
+    assert not layout.run_metrics_dir.exists()
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)

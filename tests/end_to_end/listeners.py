@@ -10,14 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @contextmanager
-def webhook() -> Iterator[tuple[str, list[dict]]]:
-    """Its address, and the JSON bodies that were posted there."""
+def webhook(answer: int = 204) -> Iterator[tuple[str, list[dict]]]:
+    """Its address, and the JSON bodies that were posted there, each answered with this status."""
     heard: list[dict] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             heard.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            self.send_response(204)
+            self.send_response(answer)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from deploy.bundle import read_bundle
 from deploy.errors import RegistryError
 from deploy.registry import Registry
 from flows.dvc_cache import sweep_cache
-from flows.garbage import collect_garbage
+from flows.garbage import collect_garbage, sweep_leftovers
 from flows.registries import registry_of
 from flows.workspace import WorkspaceError
 from tasks import cache_features
@@ -114,9 +115,15 @@ def test_of_dvcs_cache_goes_what_no_commit_and_no_kept_version_names(workspace: 
         cache = workspace.root / ".dvc" / "cache" / "files" / "md5"
         return [(cache / md5[:2] / md5[2:]).is_file() for md5 in files[state]]
 
-    assert sweep_cache(layout, kept, dry_run=True).objects == 2
+    would = sweep_cache(layout, kept, dry_run=True)
+    assert (would.objects, would.freed_bytes > 0) == (2, True)
     assert all(map(all, map(there, files)))
-    assert sweep_cache(layout, kept, dry_run=False).objects == 2
+    asked: list[object] = []
+    sys.addaudithook(
+        lambda event, told: asked.append(told) if event == "subprocess.Popen" and "gc" in told[1] else None
+    )
+    assert sweep_cache(layout, kept, dry_run=False) == would
+    assert len(asked) == 1  # each time DVC reads all commits, a minute for some hundred
     assert [there(state) for state in files] == [[True, True], [False, False], [True, True]]
     report = collect_garbage(layout, dry_run=False, forget=[1])
     assert report.cache.objects == 2
@@ -125,6 +132,25 @@ def test_of_dvcs_cache_goes_what_no_commit_and_no_kept_version_names(workspace: 
     with (workspace.root / ".dvc" / "config").open("a") as config:
         config.write(f"[cache]\n    dir = {workspace.root.parent / 'shared-cache'}\n")
     assert "others may use it" in str(sweep_cache(layout, kept, dry_run=False).left_alone)
+
+
+def test_what_killed_writers_left_of_reports_goes_once_nobody_can_be_writing_it(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    old, young, report = (
+        path.parent / name
+        for path, name in (
+            (layout.report("evaluate"), ".evaluate.json.abcd_123.json"),
+            (layout.decision, ".decision.json.abcd_123.json"),
+            (layout.report("evaluate"), "evaluate.json"),
+        )
+    )
+    for path in (old, young, report):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for path in (old, report):
+        os.utime(path, (0, 0))
+    sweep_leftovers(layout)
+    assert [path.exists() for path in (old, young, report)] == [False, True, True]
 
 
 @pytest.mark.slow

@@ -93,6 +93,31 @@ def test_a_run_by_the_clock_with_nothing_to_do_publishes_what_an_earlier_one_cou
     assert "tanuki@v1.0.0" in workspace.run("git", "ls-remote", "--tags", "origin").stdout
 
 
+PUBLISH = """
+import sys
+from pathlib import Path
+from flows.server import prefect_server
+from tasks.layout import Layout
+layout = Layout(Path(sys.argv[1]))
+with prefect_server(layout):
+    from flows.scheduled_retrain import _publish
+    print("told:", _publish(layout))
+"""
+
+
+def test_a_scheduled_retrain_says_what_is_not_published_because_the_workspace_went_on(
+    workspace: Workspace, layout: Layout, tmp_path: Path
+) -> None:
+    """As an ingest during the run leaves it; the champion answers, so that the run has not failed."""
+    (layout.root / "made" / "new.txt").write_text("came meanwhile")
+    told = workspace.run(sys.executable, "-c", PUBLISH, layout.root).stdout
+    assert "told:  Not published: images, code or params changed during this run" in told
+    assert upstream_tags(workspace, tmp_path) == []
+    (layout.root / "made" / "new.txt").unlink()
+    assert workspace.run(sys.executable, "-c", PUBLISH, layout.root).stdout.endswith("told: \n")
+    assert upstream_tags(workspace, tmp_path) == ["tanuki#prod#1", "tanuki@v1.0.0"]
+
+
 def upstream_tags(workspace: Workspace, tmp_path: Path) -> list[str]:
     return workspace.run("git", "--git-dir", tmp_path / "upstream.git", "tag", "--list").stdout.split()
 

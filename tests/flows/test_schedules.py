@@ -3,6 +3,7 @@
 import errno
 import importlib
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from prefect.events import DeploymentTriggerTypes
 from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
+from benchmarks.box import free_port
 from deploy.bundle import read_bundle
 from deploy.errors import TanukiError
 from flows.canary import CHECK, _run, bounded, changes, try_out
@@ -184,6 +186,18 @@ def test_a_part_that_a_full_disk_keeps_from_starting_is_tried_again_and_the_box_
         assert [line.split(":")[0] for line in said] == ["model   cannot be started", "model   started again"]
     finally:
         part.kill()
+
+
+def test_a_box_whose_log_is_collected_says_json(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANUKI_LOG_FORMAT", "json")
+    up = workspace.start(sys.executable, "-m", "flows.cli", "up", "--prefect-port", str(free_port()))
+    assert up.stdout is not None
+    first = json.loads(up.stdout.readline())
+    up.terminate()
+    rest = up.communicate(timeout=60)[0].splitlines()
+    assert first["message"].startswith("server  starting")
+    assert (first["level"], first["logger"]) == ("info", "flows.up")
+    assert all(json.loads(line)["message"] for line in rest)
 
 
 def test_words_for_a_full_disk_do_not_end_the_box() -> None:
