@@ -105,6 +105,7 @@ with prefect_server(layout):
 """
 
 
+@pytest.mark.slow
 def test_a_scheduled_retrain_says_what_is_not_published_because_the_workspace_went_on(
     workspace: Workspace, layout: Layout, tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ with get_client(sync_client=True) as client:
 """
 
 
+@pytest.mark.slow
 def test_a_webhook_that_answers_an_error_does_not_get_its_address_into_the_servers_log(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "server.log"
     url = f"http://127.0.0.1:{port}/api"

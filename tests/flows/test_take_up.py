@@ -2,6 +2,8 @@
 
 import sys
 
+import pytest
+
 from tests.conftest import Workspace
 
 SCENE = """
@@ -50,6 +52,7 @@ with server_on(layout, layout.prefect_home) as url:
 """
 
 
+@pytest.mark.slow
 def test_a_start_goes_on_with_what_was_cut_short_ends_what_was_cancelled_and_drops_what_was_missed(
     workspace: Workspace,
 ) -> None:

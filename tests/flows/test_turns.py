@@ -13,6 +13,8 @@ from flows.scheduled_retrain import scheduled_retrain
 from flows.workspace import find_workspace
 from tests.conftest import Workspace, write_digits
 
+pytestmark = pytest.mark.slow
+
 BY_SCHEDULE = """
 import sys
 from pathlib import Path
