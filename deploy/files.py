@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,10 +44,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what writers that were killed left of ``atomic_path`` in a folder that nobody else writes to now."""
+def remove_leftovers(folder: Path, *, older_than_s: float = 0.0) -> None:
+    """Removes what writers that were killed left of ``atomic_path`` in a folder.
+
+    Args:
+        folder: Where.
+        older_than_s: How old it is; 0 is for a folder that nobody else writes to now.
+    """
+    until = time.time() - older_than_s if older_than_s else math.inf
     for path in folder.glob(".*"):
-        if LEFTOVER.fullmatch(path.name) and path.is_file():
+        if LEFTOVER.fullmatch(path.name) and path.is_file() and path.stat().st_mtime < until:
             path.unlink(missing_ok=True)
 
 

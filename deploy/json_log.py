@@ -2,9 +2,15 @@
 
 import json
 import logging
+import os
 from datetime import UTC, datetime
 
 FACTS = ("request_id", "status", "ms", "host", "port", "grpc_port")
+
+
+def is_wanted() -> bool:
+    """Whether `tanuki` is to log JSON."""
+    return os.environ.get("TANUKI_LOG_FORMAT") == "json"
 
 
 class JsonFormatter(logging.Formatter):

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
+from deploy import json_log
 from deploy.errors import TanukiError
-from deploy.json_log import JsonFormatter
 from flows.commands import daily, data, learning, operate, production, versions
 from flows.commands.terminal import asides
 
@@ -84,8 +84,10 @@ def _fail(text: str) -> None:
 def _configure_logging(verbose: bool) -> None:
     """Lines of our own code to the terminal; other libraries' warnings only."""
     handler = logging.StreamHandler()
-    is_json = os.environ.get("TANUKI_LOG_FORMAT") == "json"
-    handler.setFormatter(JsonFormatter() if is_json else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    is_json = json_log.is_wanted()
+    handler.setFormatter(
+        json_log.JsonFormatter() if is_json else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    )
     asides.quiet = is_json
     for room in ("flows", "tasks", "deploy"):
         logger = logging.getLogger(room)

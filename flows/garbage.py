@@ -8,14 +8,13 @@ these loses anything.
 """
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.files import LEFTOVER
+from deploy.files import remove_leftovers
 from deploy.registry import Registry
 from flows.clones import ClonesSweep, clones_at_rest, sweep_clones
 from flows.dvc_cache import CacheSweep, sweep_cache
@@ -28,7 +27,7 @@ from tasks.layout import Layout
 from tasks.models.backbone_card import read_card
 
 AT_WORK = "A scheduled run works in a clone, so DVC's cache and the clones were left alone: try again when it has ended"
-LEFT_S = 3600.0  # writing a report takes seconds
+LEFT_S = 3600.0  # `dvc repro` by hand may be writing a report right now, which takes seconds
 
 
 @dataclass(frozen=True)
@@ -127,22 +126,14 @@ def collect_garbage(
     orphans = drop_orphans(layout.features_dir, images_of, dry_run=dry_run)
     kept = _outputs_of_versions(layout, registry, {*forget, *versions})
     if not dry_run:
-        sweep_leftovers(layout)
+        for folder in (layout.reports_dir, layout.decision.parent):
+            remove_leftovers(folder, older_than_s=LEFT_S)
     with clones_at_rest(layout) as at_rest:
         if not at_rest:  # what it has just computed is named by no dvc.lock yet
             return GarbageReport(dry_run, tuple(orphans), versions, CacheSweep(left_alone=AT_WORK))
         clones = sweep_clones(layout, dry_run=dry_run)
         cache = sweep_cache(layout, kept, dry_run=dry_run, also=clones.unfinished)
     return GarbageReport(dry_run, tuple(orphans), versions, cache, clones)
-
-
-def sweep_leftovers(layout: Layout) -> None:
-    """Removes what killed writers left beside the reports; not what `dvc repro` by hand may be writing right now."""
-    until = time.time() - LEFT_S
-    for folder in (layout.reports_dir, layout.decision.parent):
-        for path in folder.glob(".*"):
-            if LEFTOVER.fullmatch(path.name) and path.is_file() and path.stat().st_mtime < until:
-                path.unlink(missing_ok=True)
 
 
 def _outputs_of_versions(layout: Layout, registry: Registry, forget: Collection[int]) -> dict[int, dict[str, str]]:

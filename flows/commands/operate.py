@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from deploy import json_log
 from flows.commands.terminal import Json, out, print_json
 from flows.workspace import exclusive, find_workspace
 
@@ -74,8 +75,7 @@ def up(
         notify=tuple(notify or ()),
         serve_options=tuple(context.args),
     )
-    is_json = os.environ.get("TANUKI_LOG_FORMAT") == "json"
-    run_up(layout, settings, print_json_line if is_json else partial(print, flush=True))
+    run_up(layout, settings, print_json_line if json_log.is_wanted() else partial(print, flush=True))
 
 
 @app.command("gc")

@@ -159,11 +159,11 @@ def _weighed_means(
         stratum = gains[labels == label]
         weight = 1 / len(classes) if balanced else len(stratum) / len(gains)
         mean += weight * float(stratum.mean())
-        drawn += weight * _resampled_means(stratum, draws, generator)
+        drawn += weight * resampled_means(stratum, draws, generator)
     return mean, drawn
 
 
-def _resampled_means(stratum: NDArray[np.int8], draws: int, generator: np.random.Generator) -> Floats:
+def resampled_means(stratum: NDArray[np.int8], draws: int, generator: np.random.Generator) -> Floats:
     """Means of ``draws`` samples with replacement, (draws,); a bounded number of values at a time."""
     at_a_time = max(1, BOOTSTRAP_VALUES // len(stratum))
     means = [

@@ -20,6 +20,7 @@ from deploy.files import sha256_bytes
 from deploy.images import decode_image
 from deploy.predictor import Predictor
 from tasks.evaluation.metrics import Accuracy, accuracy_of, rounded
+from tasks.evaluation.paired import resampled_means
 
 CLEAN: Final = "none"  # scaled as the others are, and not spoiled
 SIDE_PX = 256  # the short side of a larger picture is scaled down to about this
@@ -99,10 +100,8 @@ def robustness_of(right: Mapping[str, NDArray[np.bool_]], *, confidence: float, 
     """
     each = {name: accuracy_of(answers, confidence) for name, answers in right.items()}
     clean = each.pop(CLEAN)
-    withstood = np.sum([right[name] for name in each], axis=0)  # (N,) corruptions in which a picture is right
-    values, counts = np.unique(withstood, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(withstood), counts / len(withstood), size=draws)  # (draws, V)
-    means = drawn @ values / (len(withstood) * len(each))
+    withstood = np.stack([right[name] for name in each]).sum(axis=0).astype(np.int8)  # (N,) corruptions it is right in
+    means = resampled_means(withstood, draws, np.random.default_rng(seed)) / len(each)
     low, high = np.quantile(means, ((1 - confidence) / 2, (1 + confidence) / 2))
     mean = Accuracy(*(rounded(float(share)) for share in (withstood.mean() / len(each), low, high)))
     return Robustness(len(withstood), clean, mean, each)

@@ -526,8 +526,8 @@ class _Adversarial:
 def has_collapsed(before: float, *, fgsm: float, pgd: float, max_fall: float) -> bool:
     """Whether the accuracy under PGD is further than training brings it below what it was, or below that under FGSM.
 
-    Wong, Rice and Kolter look for a fall alone. Networks tuned on photos have withstood FGSM and never PGD from their
-    first epochs on, which leaves nothing to fall.
+    Wong, Rice and Kolter look for a fall alone. Networks tuned on photos came to withstand FGSM without ever having
+    withstood PGD: there was nothing to fall.
     """
     return max(before, fgsm) - pgd > max_fall
 

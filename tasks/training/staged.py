@@ -529,7 +529,8 @@ def deterministic_torch(threads: int, *, strict: bool = True) -> Iterator[None]:
 
     Numbers below the normal range of float32 count as zero: they made a step up to forty times slower (gradients and
     moments are full of them, activations of a poorly scaled network as well). Filling fresh memory, which deterministic
-    mode does to show bugs, took a quarter of a step. cuBLAS is deterministic only with a workspace of its own.
+    mode does to show bugs, took a quarter of a step. cuBLAS is deterministic only with a workspace of its own. cuDNN
+    would compute float32 in TF32, with as few digits as float16 has.
 
     Args:
         threads: On the CPU.
@@ -539,9 +540,9 @@ def deterministic_torch(threads: int, *, strict: bool = True) -> Iterator[None]:
     before, before_threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     before_strict = not torch.is_deterministic_algorithms_warn_only_enabled()
     fill: Any = torch.utils.deterministic  # its switch is a property that type checkers do not see
-    before_fill = fill.fill_uninitialized_memory
+    before_fill, before_tf32 = fill.fill_uninitialized_memory, torch.backends.cudnn.allow_tf32
     torch.use_deterministic_algorithms(True, warn_only=not strict)
-    fill.fill_uninitialized_memory = False
+    fill.fill_uninitialized_memory = torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     try:
@@ -549,7 +550,7 @@ def deterministic_torch(threads: int, *, strict: bool = True) -> Iterator[None]:
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(before_threads)
-        fill.fill_uninitialized_memory = before_fill
+        fill.fill_uninitialized_memory, torch.backends.cudnn.allow_tf32 = before_fill, before_tf32
         torch.use_deterministic_algorithms(before, warn_only=not before_strict)
 
 

@@ -6,7 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from deploy.bundle import read_bundle
 from deploy.errors import RegistryError
 from deploy.registry import Registry
 from flows.dvc_cache import sweep_cache
-from flows.garbage import collect_garbage, sweep_leftovers
+from flows.garbage import collect_garbage
 from flows.registries import registry_of
 from flows.workspace import WorkspaceError
 from tasks import cache_features
@@ -52,6 +55,23 @@ def register(layout: Layout, workspace: Workspace, sharpness: float) -> int:
     write_colour_bundle(layout.bundle_dir, sharpness=sharpness)
     assert read_bundle(layout.bundle_dir)
     return Registry(layout.registry_dir).register(layout.bundle_dir, {"dvc_outputs": outputs}).id
+
+
+@contextmanager
+def processes_started() -> Iterator[list[list[str]]]:
+    """The words of each that this process starts meanwhile."""
+    started: list[list[str]] = []
+    is_over = False
+
+    def listen(event: str, told: tuple[Any, ...]) -> None:  # who listens cannot be sent away
+        if event == "subprocess.Popen" and not is_over:
+            started.append([str(word) for word in told[1]])
+
+    sys.addaudithook(listen)
+    try:
+        yield started
+    finally:
+        is_over = True
 
 
 @pytest.fixture
@@ -118,12 +138,9 @@ def test_of_dvcs_cache_goes_what_no_commit_and_no_kept_version_names(workspace: 
     would = sweep_cache(layout, kept, dry_run=True)
     assert (would.objects, would.freed_bytes > 0) == (2, True)
     assert all(map(all, map(there, files)))
-    asked: list[object] = []
-    sys.addaudithook(
-        lambda event, told: asked.append(told) if event == "subprocess.Popen" and "gc" in told[1] else None
-    )
-    assert sweep_cache(layout, kept, dry_run=False) == would
-    assert len(asked) == 1  # each time DVC reads all commits, a minute for some hundred
+    with processes_started() as started:
+        assert sweep_cache(layout, kept, dry_run=False) == would
+    assert sum("gc" in words for words in started) == 1  # each time DVC reads all commits, a minute for some hundred
     assert [there(state) for state in files] == [[True, True], [False, False], [True, True]]
     report = collect_garbage(layout, dry_run=False, forget=[1])
     assert report.cache.objects == 2
@@ -134,8 +151,8 @@ def test_of_dvcs_cache_goes_what_no_commit_and_no_kept_version_names(workspace: 
     assert "others may use it" in str(sweep_cache(layout, kept, dry_run=False).left_alone)
 
 
-def test_what_killed_writers_left_of_reports_goes_once_nobody_can_be_writing_it(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
+def test_what_killed_writers_left_of_reports_goes_once_nobody_can_be_writing_it(layout: Layout) -> None:
+    extract(layout)
     old, young, report = (
         path.parent / name
         for path, name in (
@@ -149,7 +166,9 @@ def test_what_killed_writers_left_of_reports_goes_once_nobody_can_be_writing_it(
         path.touch()
     for path in (old, report):
         os.utime(path, (0, 0))
-    sweep_leftovers(layout)
+    collect_garbage(layout, dry_run=True)
+    assert old.exists()
+    collect_garbage(layout, dry_run=False)
     assert [path.exists() for path in (old, young, report)] == [False, True, True]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -13,14 +14,21 @@ from sklearn.linear_model import LogisticRegression
 from deploy.files import sha256_bytes, sha256_file, write_bytes
 from deploy.images import decode_image
 from deploy.runtime import open_session
+from tasks import finetune
 from tasks.data.manifest import Facts, Row, Split, read_manifest, rows_to_frame, write_manifest
+from tasks.data.views import CENTRE
 from tasks.export.preprocessing import preprocessing_graph
 from tasks.layout import Layout
 from tasks.models.architectures import Network, build_network
-from tasks.models.backbone_card import BackboneCard, write_card
-from tasks.models.head import Head, write_head
+from tasks.models.backbone_card import BackboneCard, read_card, write_card
+from tasks.models.head import Head, read_head, write_head
+from tasks.params import AugmentParams
+from tasks.training.augmented import LabelledPixels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+with_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 
 
 def digit_images(num: int) -> tuple[list[NDArray[np.uint8]], list[str]]:
@@ -105,3 +113,16 @@ def write_probe(layout: Layout, network: Network, *, max_iter: int = 200) -> Hea
     head = Head(tuple(found.classes_), weight, (found.intercept_ - weight @ shift).astype(np.float32))
     write_head(layout.head_dir, head, {})
     return head
+
+
+def stage_inputs(
+    layout: Layout, augment: AugmentParams
+) -> tuple[BackboneCard, Network, Head, LabelledPixels, LabelledPixels]:
+    """What the stage finetune reads of a workspace: card, network and probe, training and validation pictures."""
+    card, head = read_card(layout.backbone_card), read_head(layout.head_dir)
+    sessions, frame = finetune._open_preprocessing(layout, card), read_manifest(layout.accepted)
+    train, val = (
+        finetune._labelled(layout, frame[frame["split"] == split], head, sessions, (CENTRE,), augment)
+        for split in ("train", "val")
+    )
+    return card, finetune._load_network(layout, card), head, train, val

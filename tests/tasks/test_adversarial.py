@@ -44,7 +44,16 @@ from tasks.training.schedule import slow_start_fast_decay
 from tasks.training.selection import SIGNIFICANCE, compare_robustness
 from tasks.training.staged import EpochRecord, FineTuned, deterministic_torch
 from tasks.training.tuner import StandardisedHead, copied
-from tests.tasks.finetune_workspaces import digit_images, embed, splits, write_backbone, write_images, write_probe
+from tests.tasks.finetune_workspaces import (
+    digit_images,
+    embed,
+    splits,
+    stage_inputs,
+    with_cuda,
+    write_backbone,
+    write_images,
+    write_probe,
+)
 
 NUM_IMAGES, NUM_VAL, SIZE_PX = 200, 60, 32
 EPSILON = 4 / 255
@@ -367,14 +376,7 @@ def test_a_loss_that_is_no_number_stops_the_stage_and_the_best_epoch_so_far_is_j
     caplog.set_level(logging.INFO, logger="tasks")
     shrink(layout)
     params = load_params(repository / "params.yaml")
-    card, head = read_card(layout.backbone_card), read_head(layout.head_dir)
-    network = finetune._load_network(layout, card)
-    sessions = finetune._open_preprocessing(layout, card)
-    frame = read_manifest(layout.accepted)
-    train, val = (
-        finetune._labelled(layout, frame[frame["split"] == split], head, sessions, ("centre",), params.augment)
-        for split in ("train", "val")
-    )
+    card, network, head, train, val = stage_inputs(layout, params.augment)
     adversarial = params.finetune.adversarial.model_copy(update={"epochs": 4, "max_fall": 1.0})
     brisk = params.finetune.model_copy(update={"learning_rate": 2e-3, "batch_size": 20, "adversarial": adversarial})
 
@@ -515,7 +517,7 @@ def test_what_ships_is_attacked_on_test_images_and_hardly_withstands(attackable:
         attack.run(attackable, seed=0, attack=params.attack, **work)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@with_cuda
 def test_a_gpu_finds_what_the_cpu_finds(attackable: Layout, repository: Path) -> None:
     params = load_params(repository / "params.yaml")
     found = {}

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from tasks import warm
+from tests.tasks.finetune_workspaces import with_cuda
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks only on Linux")
 
@@ -168,7 +168,7 @@ def test_it_outlives_who_started_it_until_its_forks_have_ended(host: Host) -> No
     assert host.process.wait(timeout=60) == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@with_cuda
 def test_forks_use_the_gpu(repository: Path, tmp_path: Path, hang_up: None) -> None:
     """Which none can whose parent has: CUDA does not live through a fork."""
     (tmp_path / "adds.py").write_text("import torch\nprint(torch.ones(3, device='cuda').sum().item())")
