@@ -15,6 +15,7 @@ from torch import Tensor
 from tasks.errors import ParamsError
 from tasks.models.architectures import Network
 from tasks.models.depthwise import use_fast_depthwise
+from tasks.models.frozen_norm import fold_frozen_norms
 
 DeviceName = Literal["cpu", "cuda", "mps"]
 Precision = Literal["float32", "bfloat16"]
@@ -123,7 +124,7 @@ def _device(wanted: DeviceName | Literal["auto"], machine: Machine, num_processe
 def place(network: Network, compute: Compute) -> None:
     """Brings the network's weights to the device; its layers compute in the precision from now on."""
     if compute.device == "cpu":
-        use_fast_depthwise(network.trunk)
+        fold_frozen_norms(use_fast_depthwise(network.trunk))
     network.to(compute.device)
     network.precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}[compute.precision]
 

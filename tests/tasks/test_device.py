@@ -1,5 +1,6 @@
 """Where fine-tuning computes and in which precision: the rule, what it refuses, and a layer with its own gradient."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ from torch import nn
 
 from tasks.errors import ParamsError
 from tasks.models import engines
+from tasks.models.architectures import build_network
 from tasks.models.depthwise import DepthwiseConv2d, use_fast_depthwise
-from tasks.training.device import Compute, Machine, choose_compute, on_device, this_machine
+from tasks.models.frozen_norm import PassedNorm
+from tasks.training.device import Compute, Machine, choose_compute, on_device, place, this_machine
+from tasks.training.tuner import frozen_digest
 
 BARE = Machine(num_cuda=0, cuda_bfloat16=False, has_mps=False, cpu_bfloat16=False)
 NEW_CPU = Machine(num_cuda=0, cuda_bfloat16=False, has_mps=False, cpu_bfloat16=True)
@@ -70,19 +74,66 @@ def test_maps_go_to_the_cpu_channels_last_and_tokens_as_they_are() -> None:
     assert on_device(tokens, cpu) is tokens
 
 
-@pytest.mark.parametrize("side", [4, 20], ids=["by-matrix-product", "by-the-library"])
-def test_the_fast_depthwise_gradient_works_in_bfloat16(side: int) -> None:
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride"),
+    [(4, 3, 1), (20, 3, 1), (20, 3, 2), (21, 3, 2), (20, 5, 1), (21, 5, 2)],
+    ids=["by-matrix-product", "by-the-library", "even-side", "odd-side", "large-kernel", "large-kernel-odd-side"],
+)
+def test_the_fast_depthwise_gradients_work_in_bfloat16(side: int, kernel: int, stride: int) -> None:
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False))
-    fast = use_fast_depthwise(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)))
+    layer = partial(nn.Conv2d, 6, 6, kernel, stride, kernel // 2, groups=6, bias=False)
+    plain, fast = nn.Sequential(layer()), use_fast_depthwise(nn.Sequential(layer()))
     fast.load_state_dict(plain.state_dict())
     assert isinstance(fast[0], DepthwiseConv2d)
-    maps, gradients = torch.randn(5, 6, side, side), []
+    start, gradients = torch.randn(5, 6, side, side), []
     for model, precision in ((plain, torch.float32), (fast, torch.bfloat16)):
+        maps = start.clone().requires_grad_()
         with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
             out = model(maps)
         assert out.dtype == precision
         out.float().square().sum().backward()
-        gradients.append(model[0].weight.grad)
-    assert gradients[1].dtype == torch.float32
-    assert 0 < float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.02
+        gradients.append((model[0].weight.grad, maps.grad))
+    for found, right in zip(gradients[1], gradients[0], strict=True):
+        assert found.dtype == torch.float32
+        assert 0 < float((found - right).norm() / right.norm()) < 0.02
+
+
+FOLDED = {
+    "mobilenet_v2": 52,  # of norms
+    "mobilenet_v3_small": 34,
+    "efficientnet_b0": 49,
+    "resnet18": 20,
+    "resnet50": 53,
+    "regnet_y_400mf": 53,
+    "densenet121": 1,
+    "googlenet": 0,
+    "squeezenet1_1": 0,
+    "convnext_tiny": 0,
+}
+
+
+@pytest.mark.parametrize("architecture", FOLDED)
+def test_frozen_norms_are_folded_and_everything_else_stays(architecture: str) -> None:
+    torch.manual_seed(0)
+    network = build_network(architecture, depths=2)
+    norms = [each for each in network.modules() if isinstance(each, nn.BatchNorm2d)]
+    for norm in norms:  # of a network that has seen something
+        norm.running_mean.normal_(std=0.1)
+        norm.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.1)
+    network.double()  # or rounding would turn a ReLU over here and there
+    names, digest = list(network.trunk_state()), frozen_digest(network, network.num_groups)
+    pictures, found = torch.rand(2, 3, 64, 64, dtype=torch.float64), []
+    for _ in range(2):
+        maps = pictures.clone().requires_grad_()
+        embeddings = network(maps)
+        network.zero_grad()
+        embeddings.square().sum().backward()
+        found.append((embeddings.detach(), maps.grad, *(each.grad.clone() for each in network.parameters())))
+        place(network, Compute("cpu", "float32", "as the test wants it"))
+    for plain, folded in zip(*found, strict=True):
+        assert float((folded - plain).norm()) <= 1e-9 * float(plain.norm())
+    assert list(network.trunk_state()) == names
+    assert frozen_digest(network, network.num_groups) == digest
+    assert sum(isinstance(each, PassedNorm) for each in network.modules()) == FOLDED[architecture], len(norms)
