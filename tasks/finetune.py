@@ -71,6 +71,10 @@ FACTS_NAME = "finetuned.json"
 CHECKPOINT_NAME = "finetune.safetensors"
 BYTES_PER_GB = 1_000_000_000
 CPU_TFLOP, GPU_TFLOP = 50.0, 5_000.0  # of a stage: minutes on two cores, and on a GPU of today
+ADVERSARIAL_TFLOP, ADVERSARIAL_RATE = (
+    4.0,
+    5.0,
+)  # of the adversarial stage over those of the others: attacks are passes, too
 SCRATCH_VIEWS = 16  # nothing is kept of them, and random weights need more variety
 EPOCH_COLUMNS = ("number", "stage", "epoch", "step", "train_loss", "val_nll", "val_accuracy")
 
@@ -198,22 +202,20 @@ def _tuned(
         sessions = _open_preprocessing(layout, card)
         train_pixels = _labelled(layout, train, head, sessions, report.views, augment)
         val_pixels = _labelled(layout, val, head, sessions, (CENTRE,), augment)
-        work: dict[str, Any] = {
-            "train": train_pixels,
-            "val": val_pixels,
-            "settings": _settings(card, seed, finetune, compute.device),
-        }
+        settings = _settings(card, seed, finetune, compute.device)
+        work: dict[str, Any] = {"train": train_pixels, "val": val_pixels, "settings": settings}
         told = partial(_write_epochs, layout) if processes.is_first() else lambda _: None
         work |= {"checkpoints": checkpoints, "on_epoch": told}
         plain = [stage for stage in finetune.stages if stage not in (ADVERSARIAL, SCRATCH)]
         if SCRATCH in finetune.stages:
-            settings = ScratchSettings(**finetune.scratch.model_dump())
-            tuned = from_scratch(network, head, architecture=card.architecture, scratch=settings, **work)
+            scratch = ScratchSettings(**finetune.scratch.model_dump())
+            tuned = from_scratch(network, head, architecture=card.architecture, scratch=scratch, **work)
         else:
             tuned = fine_tune(network, head, stages=plain, **work)
         if ADVERSARIAL in finetune.stages:
-            work |= {"mean": card.mean, "std": card.std, "adversarial": _adversarial_settings(finetune)}
-            tuned = harden(network, tuned, **work)
+            work |= {"mean": card.mean, "std": card.std}
+            adversarial = _adversarial_settings(finetune, settings, compute.device)
+            tuned = harden(network, tuned, adversarial=adversarial, **work)
     report, head = _concluded(report, tuned, val_pixels.labels)
     head = dataclasses.replace(head, bias=head.bias + shift)
     processes.wait_for_all()
@@ -319,7 +321,7 @@ def _labelled(
 def _settings(card: BackboneCard, seed: int, finetune: FinetuneParams, device: DeviceName) -> TuningSettings:
     """The parameters, with what is ``auto`` taken from the family's recipe."""
     recipe = recipe_for(card.architecture)
-    rate, tflop = finetune.learning_rate, finetune.max_tflop
+    rate = finetune.learning_rate
     return TuningSettings(
         seed=seed,
         recipe=recipe,
@@ -332,15 +334,27 @@ def _settings(card: BackboneCard, seed: int, finetune: FinetuneParams, device: D
         batch_size=finetune.batch_size,
         epochs=finetune.epochs,
         max_steps=finetune.max_steps,
-        max_tflop=(CPU_TFLOP if device == "cpu" else GPU_TFLOP) if tflop == "auto" else tflop,
+        max_tflop=_affordable_tflop(device) if finetune.max_tflop == "auto" else finetune.max_tflop,
         boundary_cache_bytes=int(finetune.boundary_cache_gb * BYTES_PER_GB),
     )
 
 
-def _adversarial_settings(finetune: FinetuneParams) -> AdversarialSettings:
-    """The parameters, with epsilon as a share of the range of a value."""
+def _affordable_tflop(device: DeviceName) -> float:
+    """Of a stage."""
+    return CPU_TFLOP if device == "cpu" else GPU_TFLOP
+
+
+def _adversarial_settings(
+    finetune: FinetuneParams, settings: TuningSettings, device: DeviceName
+) -> AdversarialSettings:
+    """The parameters, with epsilon as a share of the range of a value, and what is ``auto`` from the other stages'."""
     values = finetune.adversarial.model_dump()
-    return AdversarialSettings(**{**values, "epsilon": finetune.adversarial.epsilon / 255})
+    values["epsilon"] /= 255
+    if values["max_tflop"] == "auto":
+        values["max_tflop"] = ADVERSARIAL_TFLOP * _affordable_tflop(device)
+    if values["learning_rate"] == "auto":
+        values["learning_rate"] = ADVERSARIAL_RATE * settings.learning_rate
+    return AdversarialSettings(**values)
 
 
 def _concluded(report: FinetuneReport, tuned: FineTuned, labels: NDArray[np.int64]) -> tuple[FinetuneReport, Head]:

@@ -1,7 +1,8 @@
 """The adversarial stage: all layers learn to withstand small disturbances made to mislead them.
 
 It starts from what the stages before it left and trains on each picture as it is and as an attack disturbs it, with a
-learning rate that starts slowly and decays fast. The attack works on what the network sees, in [0, 1]; the
+learning rate that starts slowly and decays fast, and within an epsilon that grows to its full size while the rate does.
+The attack works on what the network sees, in [0, 1]; the
 normalisation is inside the model. BatchNorm stays frozen, so that attack and step see one and the same function.
 
 The cheap attack, FGSM from a random start, can be overfitted to: the network withstands its single step and nothing
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from tasks.evaluation.metrics import Accuracy, accuracy_of
 from tasks.models.architectures import Network
-from tasks.training.attacks import fgsm, fgsm_rs, pgd
+from tasks.training.attacks import climb, fgsm, fgsm_rs, pgd
 from tasks.training.augmented import Item, LabelledPixels
 from tasks.training.boundary import RecomputedBoundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
@@ -45,6 +46,7 @@ from tasks.training.schedule import (
     AdversarialSettings,
     AttackName,
     TuningSettings,
+    slow_growth,
     slow_start_fast_decay,
     stage_length,
 )
@@ -298,7 +300,8 @@ class _Adversarial:
         network = self.model.network
         pace = self._pace()
         if pace.length.steps < USELESS_STEPS and pace.length.limited_by == "max_tflop":
-            reason = f"not tried: finetune.max_tflop affords {pace.length.steps} steps; {USELESS_STEPS} is the least"
+            afforded = f"finetune.adversarial.max_tflop affords {pace.length.steps} steps"
+            reason = f"not tried: {afforded}; {USELESS_STEPS} is the least"
             logger.info("stage %s: %s", ADVERSARIAL, reason)
             return replace(self._record(pace), epochs=0, steps=0, limited_by=None, learning_rates=(), reason=reason)
         frozen, tensors = frozen_digest(network, 0), trainable_tensors(network, 0, self.head)
@@ -330,11 +333,13 @@ class _Adversarial:
             epochs=self.adversarial.epochs,
             length_factor=1.0,
             max_steps=settings.max_steps,
-            affordable_steps=int(settings.max_tflop * 1e12 / max(self._flop_per_image() * settings.batch_size, 1)),
+            affordable_steps=int(
+                self.adversarial.max_tflop * 1e12 / max(self._flop_per_image() * settings.batch_size, 1)
+            ),
         )
         return Pace(
             recipe=settings.recipe,
-            learning_rates=[settings.learning_rate] * (network.num_groups + 1),
+            learning_rates=[self.adversarial.learning_rate] * (network.num_groups + 1),
             weight_decay=settings.weight_decay,
             length=length,
             warmup_fraction=SLOW_START_FRACTION,
@@ -427,23 +432,28 @@ class _Adversarial:
         for batch, normalised in zip(batches, made, strict=True):
             images = self.model.images(normalised)
             labels = _labels(self.train, batch).to(images.device)
-            loss_of = partial(self._loss, images, labels, attack, (*self.draws, ATTACK_DRAWS, tuner.step))
+            grown = slow_growth(tuner.step, steps=length.steps, warmup_fraction=SLOW_START_FRACTION)
+            epsilon, draws = self.adversarial.epsilon * grown, (*self.draws, ATTACK_DRAWS, tuner.step)
+            loss_of = partial(self._loss, images, labels, attack, epsilon, draws)
             try:
                 total += tuner.descend(loss_of, len(batch)) * len(batch)
             except DivergedError as error:
                 raise DivergedError(f"{error} ({pictures_of(pixels, batches[tuner.step - first])})") from error
         return total / sum(map(len, batches))
 
-    def _loss(self, images: Tensor, labels: Tensor, attack: AttackName, draws: Sequence[int], part: slice) -> Tensor:
+    def _loss(
+        self, images: Tensor, labels: Tensor, attack: AttackName, epsilon: float, draws: Sequence[int], part: slice
+    ) -> Tensor:
         """Cross-entropy of some pictures as they are and as the attack disturbs them, weighed."""
         images, labels = images[part], labels[part]
         draws = (*draws, part.start) if part.start else draws
         settings, rng = self.adversarial, np.random.default_rng(draws)
         with self.model.held():
             if attack == "pgd":
-                found = pgd_attack(self.model, settings.epsilon, settings.pgd_steps)(images, labels, rng)
+                steps = settings.pgd_steps
+                found = climb(self.model, images, labels, epsilon=epsilon, num_steps=steps, rng=rng)
             else:
-                found = fgsm_rs(self.model, images, labels, epsilon=settings.epsilon, rng=rng)
+                found = fgsm_rs(self.model, images, labels, epsilon=epsilon, rng=rng)
         loss = nn.functional.cross_entropy(self.model(found), labels)
         if not settings.clean_weight:
             return loss

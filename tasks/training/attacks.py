@@ -62,15 +62,23 @@ def pgd(
     with torch.no_grad():
         worst, worst_margins = images, _margins(model(images), labels)
     for _ in range(restarts):
-        found = uniform_noise(images, epsilon=epsilon, rng=rng)
-        for _ in range(num_steps):
-            step = PGD_REACH * epsilon / num_steps * _ascent(model, found, labels)
-            found = within(found + step, images, epsilon)
+        found = climb(model, images, labels, epsilon=epsilon, num_steps=num_steps, rng=rng)
         with torch.no_grad():
             margins = _margins(model(found), labels)
         worst = torch.where((margins > worst_margins)[:, None, None, None], found, worst)
         worst_margins = torch.maximum(margins, worst_margins)
     return worst
+
+
+def climb(
+    model: Model, images: Tensor, labels: Tensor, *, epsilon: float, num_steps: int, rng: np.random.Generator
+) -> Tensor:
+    """Where the steps of `pgd` lead from one random start, worse or not: to train against, two passes cheaper."""
+    found = uniform_noise(images, epsilon=epsilon, rng=rng)
+    for _ in range(num_steps):
+        step = PGD_REACH * epsilon / num_steps * _ascent(model, found, labels)
+        found = within(found + step, images, epsilon)
+    return found
 
 
 def uniform_noise(images: Tensor, *, epsilon: float, rng: np.random.Generator) -> Tensor:

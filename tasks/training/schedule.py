@@ -108,6 +108,8 @@ class AdversarialSettings:
         attack: That is trained against.
         epsilon: Largest change of a value in [0, 1].
         epochs: At most.
+        max_tflop: Floating-point work of the steps, in 10^12, that of the attacks included.
+        learning_rate: Of all layer groups, at this batch size.
         pgd_steps: Of the attack ``pgd`` in training.
         clean_weight: Share of the loss on undisturbed pictures.
         max_clean_loss: Validation accuracy that robustness may cost.
@@ -118,6 +120,8 @@ class AdversarialSettings:
     attack: AttackName
     epsilon: float
     epochs: int
+    max_tflop: float
+    learning_rate: float
     pgd_steps: int
     clean_weight: float
     max_clean_loss: float
@@ -278,6 +282,19 @@ def warmup_cosine(step: int, *, steps: int, warmup_fraction: float) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def slow_growth(step: int, *, steps: int, warmup_fraction: float) -> float:
+    """Share of the full epsilon at a step of adversarial fine-tuning: a linear rise, then 1.
+
+    A network that has never been attacked has nothing right within the full epsilon, and no step shows it a way there.
+
+    Args:
+        step: From 0 to ``steps - 1``.
+        steps: Steps of the whole stage.
+        warmup_fraction: Share of the steps spent rising.
+    """
+    return min(1.0, (step + 1) / (round(steps * warmup_fraction) + 1))
 
 
 def slow_start_fast_decay(step: int, *, steps: int, warmup_fraction: float) -> float:

@@ -36,11 +36,11 @@ from tasks.training.adversarial import (
     has_collapsed,
     robustness_attacks,
 )
-from tasks.training.attacks import fgsm, fgsm_rs, pgd, uniform_noise
+from tasks.training.attacks import climb, fgsm, fgsm_rs, pgd, uniform_noise
 from tasks.training.augmented import LabelledPixels, PixelSource
 from tasks.training.auto_attack import auto_attack, is_installed
 from tasks.training.checkpoint import CheckpointFile
-from tasks.training.schedule import slow_start_fast_decay
+from tasks.training.schedule import slow_growth, slow_start_fast_decay
 from tasks.training.selection import SIGNIFICANCE, compare_robustness
 from tasks.training.staged import EpochRecord, FineTuned, deterministic_torch
 from tasks.training.tuner import StandardisedHead, copied
@@ -86,8 +86,10 @@ def flushed() -> Iterator[None]:
 def run(layout: Layout, repository: Path, changes: dict[str, Any], **others: Any) -> FinetuneReport:
     """The stage with params.yaml's numbers, but short and brisk, and with the adversarial stage alone."""
     params = load_params(repository / "params.yaml")
-    adversarial = params.finetune.adversarial.model_copy(update={"epochs": 3, "val_images": 30, **changes})
-    brisk = {"learning_rate": 2e-3, "views": 1, "batch_size": 20, "min_val_images": 10, "stages": ("adversarial",)}
+    adversarial = params.finetune.adversarial.model_copy(
+        update={"epochs": 3, "val_images": 30, "learning_rate": 2e-3, **changes}
+    )
+    brisk = {"views": 1, "batch_size": 20, "min_val_images": 10, "stages": ("adversarial",)}
     settings = params.finetune.model_copy(update={**brisk, "adversarial": adversarial, **others})
     return finetune.run(layout, seed=params.seed, augment=params.augment, finetune=settings)
 
@@ -170,7 +172,7 @@ def target(digits: Path) -> Target:
     return Target(model.requires_grad_(False), model.images(pixels), torch.from_numpy(data.labels))
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "fgsm_rs", "pgd", "noise"])
+@pytest.mark.parametrize("attack", ["fgsm", "fgsm_rs", "pgd", "climb", "noise"])
 @pytest.mark.parametrize("epsilon", [0.0, EPSILON, 0.5])
 def test_an_attack_stays_within_epsilon_and_makes_a_picture(target: Target, attack: str, epsilon: float) -> None:
     given, rng = (target.model, target.images[:8], target.labels[:8]), np.random.default_rng(0)
@@ -178,6 +180,7 @@ def test_an_attack_stays_within_epsilon_and_makes_a_picture(target: Target, atta
         "fgsm": lambda: fgsm(*given, epsilon=epsilon),
         "fgsm_rs": lambda: fgsm_rs(*given, epsilon=epsilon, rng=rng),
         "pgd": lambda: pgd(*given, epsilon=epsilon, num_steps=2, rng=rng),
+        "climb": lambda: climb(*given, epsilon=epsilon, num_steps=2, rng=rng),
         "noise": lambda: uniform_noise(given[1], epsilon=epsilon, rng=rng),
     }[attack]()
     assert float((found - given[1]).abs().max()) == pytest.approx(epsilon, abs=1e-4)
@@ -282,6 +285,14 @@ def test_the_rate_starts_slowly_and_decays_fast(steps: int) -> None:
         assert factors[-1] == pytest.approx(0.001)
 
 
+@given(st.integers(1, 500))
+def test_epsilon_grows_as_long_as_the_rate_and_then_stays(steps: int) -> None:
+    factors = [slow_growth(step, steps=steps, warmup_fraction=0.3) for step in range(steps)]
+    peak = round(0.3 * steps)
+    assert factors[: peak + 1] == pytest.approx([(step + 1) / (peak + 1) for step in range(min(peak + 1, steps))])
+    assert all(factor == 1 for factor in factors[peak:])
+
+
 def test_a_collapse_is_a_fall_under_pgd_or_to_withstand_fgsm_alone() -> None:
     assert has_collapsed(0.5, fgsm=0.3, pgd=0.25, max_fall=0.2)
     assert has_collapsed(0.0, fgsm=0.3, pgd=0.0, max_fall=0.2)
@@ -362,10 +373,10 @@ def test_a_stage_without_effect_leaves_the_network_as_it_is(layout: Layout, repo
 
 def test_a_stage_that_diverges_or_costs_too_much_is_dropped(layout: Layout, repository: Path) -> None:
     shrink(layout)
-    report = run(layout, repository, {"epochs": 2}, learning_rate=1e30)
+    report = run(layout, repository, {"epochs": 2, "learning_rate": 1e30})
     assert "the loss is" in stage_of(report).reason
-    report = run(layout, repository, {}, max_tflop=1e-6)
-    assert stage_of(report).reason == "not tried: finetune.max_tflop affords 0 steps; 20 is the least"
+    report = run(layout, repository, {"max_tflop": 1e-6})
+    assert stage_of(report).reason == "not tried: finetune.adversarial.max_tflop affords 0 steps; 20 is the least"
     assert report.kept == ()
 
 
@@ -377,8 +388,10 @@ def test_a_loss_that_is_no_number_stops_the_stage_and_the_best_epoch_so_far_is_j
     shrink(layout)
     params = load_params(repository / "params.yaml")
     card, network, head, train, val = stage_inputs(layout, params.augment)
-    adversarial = params.finetune.adversarial.model_copy(update={"epochs": 4, "max_fall": 1.0})
-    brisk = params.finetune.model_copy(update={"learning_rate": 2e-3, "batch_size": 20, "adversarial": adversarial})
+    changes = {"epochs": 4, "max_fall": 1.0, "learning_rate": 2e-3}
+    adversarial = params.finetune.adversarial.model_copy(update=changes)
+    brisk = params.finetune.model_copy(update={"batch_size": 20, "adversarial": adversarial})
+    settings = finetune._settings(card, 0, brisk, "cpu")
 
     def spoil(curve: Sequence[EpochRecord]) -> None:
         if len(curve) == 2:
@@ -394,8 +407,8 @@ def test_a_loss_that_is_no_number_stops_the_stage_and_the_best_epoch_so_far_is_j
         val=val,
         mean=card.mean,
         std=card.std,
-        settings=finetune._settings(card, 0, brisk, "cpu"),
-        adversarial=finetune._adversarial_settings(brisk),
+        settings=settings,
+        adversarial=finetune._adversarial_settings(brisk, settings, "cpu"),
         checkpoints=CheckpointFile(layout.checkpoints_dir / "c.safetensors", "digest"),
         on_epoch=spoil,
     )
