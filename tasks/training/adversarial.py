@@ -10,9 +10,10 @@ else (catastrophic overfitting). After each epoch FGSM and PGD are therefore run
 accuracy under PGD is more than ``max_fall`` below that under FGSM, or below its own of the epoch before, the epoch is
 thrown away and taken again from its checkpoint, from there on with PGD.
 
-The epoch with the best accuracy under PGD-20 on validation pictures is taken, of those whose clean accuracy is
-affordable, and kept by the rule of `tasks.training.selection.RobustVerdict`. As the epoch was chosen on these same
-pictures, and stronger attacks exist, the numbers in the record are an upper bound. Called by ``tasks.finetune``.
+The epoch with the best accuracy under PGD-20 on validation pictures is taken, of those that ended with the whole
+epsilon and whose clean accuracy is affordable, and kept by the rule of `tasks.training.selection.RobustVerdict`. As the
+epoch was chosen on these same pictures, and stronger attacks exist, the numbers in the record are an upper bound.
+Called by ``tasks.finetune``.
 
 References:
     Jeddi, Shafiee and Wong 2020, arXiv:2012.13628 (adversarial fine-tuning, slow start and fast decay).
@@ -387,9 +388,10 @@ class _Adversarial:
                     progress = replace(progress, attack="pgd", collapsed_epoch=epoch + 1)
                     continue
                 progress = replace(progress, guarded=guarded["pgd"])
+            is_whole = self._grown(tuner.pace, tuner.step - 1) == 1
             with _holding(tuner.tensors, tuner.ema.average):
-                measured = self._measured()
-            rank = self._rank(before, measured)
+                measured = self._measured() if is_whole else self._measured(only=("clean",))
+            rank = self._rank(before, measured) if is_whole else (0.0, -1.0)
             if rank > tuple(progress.best_rank):
                 progress, best = replace(progress, best_epoch=epoch + 1, best_rank=rank), copied(tuner.ema.average)
             length, seconds = tuner.pace.length, time.perf_counter() - began
@@ -432,8 +434,8 @@ class _Adversarial:
         for batch, normalised in zip(batches, made, strict=True):
             images = self.model.images(normalised)
             labels = _labels(self.train, batch).to(images.device)
-            grown = slow_growth(tuner.step, steps=length.steps, warmup_fraction=SLOW_START_FRACTION)
-            epsilon, draws = self.adversarial.epsilon * grown, (*self.draws, ATTACK_DRAWS, tuner.step)
+            epsilon = self.adversarial.epsilon * self._grown(tuner.pace, tuner.step)
+            draws = (*self.draws, ATTACK_DRAWS, tuner.step)
             loss_of = partial(self._loss, images, labels, attack, epsilon, draws)
             try:
                 total += tuner.descend(loss_of, len(batch)) * len(batch)
@@ -460,11 +462,15 @@ class _Adversarial:
         clean = nn.functional.cross_entropy(self.model(images), labels)
         return settings.clean_weight * clean + (1 - settings.clean_weight) * loss
 
-    def _measured(self) -> Rights:
-        """Which validation pictures the model has right, by attack."""
-        return self._answered(
-            self.val, self.adversarial.val_images, robustness_attacks(self.model, self.adversarial.epsilon)
-        )
+    def _grown(self, pace: Pace, step: int) -> float:
+        """Share of epsilon that the attack of a step has."""
+        return slow_growth(step, steps=pace.length.steps, warmup_fraction=pace.warmup_fraction)
+
+    def _measured(self, only: Sequence[str] = ()) -> Rights:
+        """Which validation pictures the model has right, by attack: under all of them, or only some."""
+        attacks = robustness_attacks(self.model, self.adversarial.epsilon)
+        chosen = {name: attack for name, attack in attacks.items() if not only or name in only}
+        return self._answered(self.val, self.adversarial.val_images, chosen)
 
     def _guarded(self) -> dict[str, float]:
         """Accuracy of the weights as they are now, not averaged, on a few training pictures under FGSM and PGD."""

@@ -341,7 +341,7 @@ def test_the_stage_makes_the_network_withstand_what_it_did_not(layout: Layout, r
     assert json.loads((layout.finetuned_dir / "finetuned.json").read_text()) == json.loads(
         json.dumps(dataclasses.asdict(report))
     )
-    assert record.attack == "fgsm_rs"
+    assert record.attack == "pgd"
     assert record.num_attacked == 30
     assert not layout.checkpoints_dir.exists()
 
@@ -470,7 +470,7 @@ def test_a_run_interrupted_at_every_epoch_gives_the_same_bytes(
     """A ``max_fall`` below 0 takes any epoch for a collapse: the first is taken again with PGD, from its checkpoint."""
     caplog.set_level(logging.INFO, logger="tasks")
     shrink(layout)
-    changes = {"max_fall": max_fall, "pgd_steps": 2}
+    changes = {"attack": "fgsm_rs", "max_fall": max_fall, "pgd_steps": 2}
 
     def again() -> FinetuneReport:
         return run(layout, repository, changes, stages=stages, epochs=2)
