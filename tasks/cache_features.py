@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -320,14 +321,16 @@ def _recheck(store: FeatureStore, chosen: list[Work], extractor: Extractor) -> i
 
 def _extract(store: FeatureStore, missing: list[Work], extractor: Extractor, batch_size: int | Literal["auto"]) -> int:
     """Computes and commits what is missing, `COMMIT_ROWS` at a time; gives the number of rows stored."""
-    size = extractor.engine.batch_size if batch_size == "auto" else batch_size
-    batches = _batches(progress(missing, total=len(missing), what="cache_features"), size)
+    workers = available_cores()
+    if batch_size == "auto":
+        batch_size = _batch_size(extractor.engine.batch_size, sum(len(work.views) for work in missing), workers)
+    batches = _batches(progress(missing, total=len(missing), what="cache_features"), batch_size)
     unusable: list[str] = []
     overflowing: list[str] = []
     pending: list[Extracted] = []
     before = len(store)
     try:
-        for part in ordered_map(extractor, batches, workers=available_cores()):
+        for part in ordered_map(extractor, batches, workers=workers):
             unusable += part.unusable
             overflowing += part.overflowing
             pending.append(part)
@@ -344,6 +347,11 @@ def _commit(store: FeatureStore, pending: list[Extracted]) -> None:
     if keys := [key for part in pending for key in part.keys]:
         store.append(keys, np.concatenate([part.features for part in pending]))
     pending.clear()
+
+
+def _batch_size(fast: int, num_views: int, workers: int) -> int:
+    """What the engine is fast at, or less where some threads would have no batch: each also decodes its pictures."""
+    return max(1, min(fast, math.ceil(num_views / workers)))
 
 
 def _batches(works: Iterable[Work], batch_size: int) -> Iterator[list[Work]]:

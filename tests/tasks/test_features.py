@@ -260,6 +260,10 @@ class TestCacheFeatures:
         run(other, batch_size="auto")
         assert contents(layout.features_dir) == contents(other.features_dir)
 
+    @pytest.mark.parametrize(("num_views", "size"), [(0, 1), (3, 1), (1000, 63), (2048, 128), (10**6, 128)])
+    def test_few_pictures_are_spread_over_all_threads(self, num_views: int, size: int) -> None:
+        assert cache_features._batch_size(128, num_views, workers=16) == size
+
     def test_a_feature_is_what_the_backbone_gives_for_the_view(self, layout: Layout) -> None:
         run(layout)
         path = layout.raw / "ant" / "00000.png"
