@@ -27,6 +27,10 @@ from tasks.layout import Layout
 from tasks.models.backbone_card import read_card
 
 AT_WORK = "A scheduled run works in a clone, so DVC's cache and the clones were left alone: try again when it has ended"
+UNKNOWN = (
+    "The stored features were left alone: {} is not there (a stage that fails leaves nothing), so nobody can tell "
+    "which of them the current images need. `tanuki retrain` brings it back"
+)
 LEFT_S = 3600.0  # `dvc repro` by hand may be writing a report right now, which takes seconds
 
 
@@ -48,6 +52,7 @@ class GarbageReport:
         versions: Of the registry.
         cache: Of DVC's cache.
         clones: Of the clones that scheduled runs work in.
+        features_left_alone: Why none of them was taken out, if so.
     """
 
     dry_run: bool
@@ -55,6 +60,7 @@ class GarbageReport:
     versions: tuple[int, ...] = ()
     cache: CacheSweep = field(default_factory=CacheSweep)
     clones: ClonesSweep = field(default_factory=ClonesSweep)
+    features_left_alone: str = ""
 
     def text(self) -> str:
         """The report for a person."""
@@ -75,6 +81,8 @@ class GarbageReport:
         )
 
     def _features_text(self) -> str:
+        if self.features_left_alone:
+            return f"{self.features_left_alone}."
         if not self.orphans:
             return "Every stored feature is needed by the current images or by a version of the registry."
         rows, freed = (sum(getattr(each, name) for each in self.orphans) for name in ("rows", "freed_bytes"))
@@ -109,7 +117,8 @@ def collect_garbage(
         RegistryError: If the registry does not answer: a version that nobody here has seen may need something.
     """
     needed: defaultdict[Backbone, set[str]] = defaultdict(set)
-    if layout.accepted.is_file() and layout.backbone_card.is_file():
+    gone = [path for path in (layout.accepted, layout.backbone_card) if not path.is_file()]
+    if not gone:
         needed[_backbone(layout.backbone_card)] |= _images(layout.accepted)
     registry = registry_of(layout)
     if registry.versions() and not dry_run:
@@ -123,17 +132,19 @@ def collect_garbage(
     def images_of(space: Space) -> set[str]:
         return needed.get(Backbone(space.trunk_sha256, space.preprocessing_sha256), set())
 
-    orphans = drop_orphans(layout.features_dir, images_of, dry_run=dry_run)
+    left_alone = UNKNOWN.format(", ".join(_relative(layout, path) for path in gone)) if gone else ""
+    orphans = [] if gone else drop_orphans(layout.features_dir, images_of, dry_run=dry_run)
     kept = _outputs_of_versions(layout, registry, {*forget, *versions})
     if not dry_run:
         for folder in (layout.reports_dir, layout.decision.parent):
             remove_leftovers(folder, older_than_s=LEFT_S)
     with clones_at_rest(layout) as at_rest:
         if not at_rest:  # what it has just computed is named by no dvc.lock yet
-            return GarbageReport(dry_run, tuple(orphans), versions, CacheSweep(left_alone=AT_WORK))
+            cache = CacheSweep(left_alone=AT_WORK)
+            return GarbageReport(dry_run, tuple(orphans), versions, cache, features_left_alone=left_alone)
         clones = sweep_clones(layout, dry_run=dry_run)
         cache = sweep_cache(layout, kept, dry_run=dry_run, also=clones.unfinished)
-    return GarbageReport(dry_run, tuple(orphans), versions, cache, clones)
+    return GarbageReport(dry_run, tuple(orphans), versions, cache, clones, left_alone)
 
 
 def _outputs_of_versions(layout: Layout, registry: Registry, forget: Collection[int]) -> dict[int, dict[str, str]]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -84,6 +85,18 @@ class Extracted:
     features: NDArray[np.float32]
     unusable: list[str]
     overflowing: list[str]
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What was wrong so far; raised once everything else is stored."""
+
+    unusable: list[str] = field(default_factory=list)
+    overflowing: list[str] = field(default_factory=list)
+
+    def note(self, part: Extracted) -> None:
+        self.unusable.extend(part.unusable)
+        self.overflowing.extend(part.overflowing)
 
 
 @dataclass(frozen=True)
@@ -166,9 +179,10 @@ def run(layout: Layout, *, features: FeaturesParams, augment: AugmentParams) -> 
     _refuse_missing(job.wanted, job.extractor)
     with writing(layout.features_dir, job.space) as store:
         rechecked = _recheck_choice(store, job.wanted, features.recheck)
-        stale = _recheck(store, rechecked, job.extractor)
+        problems = Problems()
+        stale = _recheck(store, rechecked, job.extractor, features.batch_size, problems)
         missing = _missing(store, job.wanted)
-        extracted = _extract(store, missing, job.extractor, features.batch_size)
+        extracted = _extract(store, missing, job.extractor, features.batch_size, problems)
         write_engine(layout.features_dir, job.space.engine)
     num_features = sum(len(work.views) for work in job.wanted)
     logger.info("%d features: %d extracted, %d reused", num_features, extracted, num_features - extracted)
@@ -199,7 +213,7 @@ def run_part(layout: Layout, part: Part, *, features: FeaturesParams, augment: A
     mine = [work for work in job.wanted if work.sha256 in part]
     _refuse_missing(mine, job.extractor)
     with adding(layout.features_dir, job.space, part) as store:
-        extracted = _extract(store, _missing(store, mine), job.extractor, features.batch_size)
+        extracted = _extract(store, _missing(store, mine), job.extractor, features.batch_size, Problems())
     logger.info("part %d of %d: %d images, %d features extracted", part.index, part.count, len(mine), extracted)
     return extracted
 
@@ -290,20 +304,25 @@ def _recheck_choice(store: FeatureStore, wanted: Sequence[Work], number: int) ->
     return [replace(work, views=(view,)) for work, view in chosen]
 
 
-def _recheck(store: FeatureStore, chosen: list[Work], extractor: Extractor) -> int:
+def _recheck(
+    store: FeatureStore,
+    chosen: list[Work],
+    extractor: Extractor,
+    batch_size: int | Literal["auto"],
+    problems: Problems,
+) -> int:
     """Number of stored rows that are not what is computed now; with one such row none of the space can be trusted."""
-    if not chosen:
-        return 0
-    again = extractor(chosen)
-    _raise_problems(again.unusable, again.overflowing)
-    difference = np.linalg.norm(store.gather(again.keys) - again.features, axis=1)
-    allowed = extractor.engine.tolerance * np.linalg.norm(again.features, axis=1) + 1e-6
     works = {work.sha256: work for work in chosen}
-    stale = [
-        f"{extractor.place(works[key.image_sha256])} (view {key.view})"
-        for key, wrong in zip(again.keys, difference > allowed, strict=True)
-        if wrong
-    ]
+    stale: list[str] = []
+    for again in _computed(chosen, len(chosen), extractor, batch_size):
+        problems.note(again)
+        difference = np.linalg.norm(store.gather(again.keys) - again.features, axis=1)
+        allowed = extractor.engine.tolerance * np.linalg.norm(again.features, axis=1) + 1e-6
+        stale += [
+            f"{extractor.place(works[key.image_sha256])} (view {key.view})"
+            for key, wrong in zip(again.keys, difference > allowed, strict=True)
+            if wrong
+        ]
     if stale:
         logger.warning(
             "%s: %d of %d stored features are not what the backbone gives now, of %s: "
@@ -318,25 +337,41 @@ def _recheck(store: FeatureStore, chosen: list[Work], extractor: Extractor) -> i
     return len(stale)
 
 
-def _extract(store: FeatureStore, missing: list[Work], extractor: Extractor, batch_size: int | Literal["auto"]) -> int:
-    """Computes and commits what is missing, `COMMIT_ROWS` at a time; gives the number of rows stored."""
-    size = extractor.engine.batch_size if batch_size == "auto" else batch_size
-    batches = _batches(progress(missing, total=len(missing), what="cache_features"), size)
-    unusable: list[str] = []
-    overflowing: list[str] = []
+def _extract(
+    store: FeatureStore,
+    missing: list[Work],
+    extractor: Extractor,
+    batch_size: int | Literal["auto"],
+    problems: Problems,
+) -> int:
+    """Computes and commits what is missing, `COMMIT_ROWS` at a time; gives the number of rows stored.
+
+    Raises:
+        DataError, StoreError: If there were problems, these or earlier ones.
+    """
+    works = progress(missing, total=len(missing), what="cache_features")
+    num_views = sum(len(work.views) for work in missing)
     pending: list[Extracted] = []
     before = len(store)
     try:
-        for part in ordered_map(extractor, batches, workers=available_cores()):
-            unusable += part.unusable
-            overflowing += part.overflowing
+        for part in _computed(works, num_views, extractor, batch_size):
+            problems.note(part)
             pending.append(part)
             if sum(len(each.keys) for each in pending) >= COMMIT_ROWS:
                 _commit(store, pending)
     finally:
         _commit(store, pending)
-    _raise_problems(unusable, overflowing)
+    _raise_problems(problems)
     return len(store) - before
+
+
+def _computed(
+    works: Iterable[Work], num_views: int, extractor: Extractor, batch_size: int | Literal["auto"]
+) -> Iterator[Extracted]:
+    """Features of these pictures' ``num_views`` views on all cores, in batches, in order."""
+    workers = available_cores()
+    size = _batch_size(extractor.engine.batch_size, num_views, workers) if batch_size == "auto" else batch_size
+    return ordered_map(extractor, _batches(works, size), workers=workers)
 
 
 def _commit(store: FeatureStore, pending: list[Extracted]) -> None:
@@ -344,6 +379,11 @@ def _commit(store: FeatureStore, pending: list[Extracted]) -> None:
     if keys := [key for part in pending for key in part.keys]:
         store.append(keys, np.concatenate([part.features for part in pending]))
     pending.clear()
+
+
+def _batch_size(fast: int, num_views: int, workers: int) -> int:
+    """What the engine is fast at, or less where some threads would have no batch: each also decodes its pictures."""
+    return max(1, min(fast, math.ceil(num_views / workers)))
 
 
 def _batches(works: Iterable[Work], batch_size: int) -> Iterator[list[Work]]:
@@ -358,8 +398,9 @@ def _batches(works: Iterable[Work], batch_size: int) -> Iterator[list[Work]]:
         yield batch
 
 
-def _raise_problems(unusable: Sequence[str], overflowing: Sequence[str]) -> None:
+def _raise_problems(problems: Problems) -> None:
     """Raises one error that names every picture without features."""
+    unusable, overflowing = (list(dict.fromkeys(names)) for names in (problems.unusable, problems.overflowing))
     if unusable:
         raise DataError(
             f"{len(unusable)} accepted image(s) cannot be used: {_named(unusable)}. Every other feature is stored. "

@@ -214,7 +214,7 @@ def _tuned(
             tuned = fine_tune(network, head, stages=plain, **work)
         if ADVERSARIAL in finetune.stages:
             work |= {"mean": card.mean, "std": card.std}
-            adversarial = _adversarial_settings(finetune, settings, compute.device)
+            adversarial = _adversarial_settings(finetune, compute.device)
             tuned = harden(network, tuned, adversarial=adversarial, **work)
     report, head = _concluded(report, tuned, val_pixels.labels)
     head = dataclasses.replace(head, bias=head.bias + shift)
@@ -344,16 +344,12 @@ def _affordable_tflop(device: DeviceName) -> float:
     return CPU_TFLOP if device == "cpu" else GPU_TFLOP
 
 
-def _adversarial_settings(
-    finetune: FinetuneParams, settings: TuningSettings, device: DeviceName
-) -> AdversarialSettings:
-    """The parameters, with epsilon as a share of the range of a value, and what is ``auto`` from the other stages'."""
+def _adversarial_settings(finetune: FinetuneParams, device: DeviceName) -> AdversarialSettings:
+    """The parameters, with epsilon as a share of the range of a value."""
     values = finetune.adversarial.model_dump()
     values["epsilon"] /= 255
     if values["max_tflop"] == "auto":
         values["max_tflop"] = ADVERSARIAL_TFLOP * _affordable_tflop(device)
-    if values["learning_rate"] == "auto":
-        values["learning_rate"] = ADVERSARIAL_RATE * settings.learning_rate
     return AdversarialSettings(**values)
 
 

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
@@ -256,7 +257,6 @@ def writing(root: Path, space: Space, *, wait_s: float = LOCK_WAIT_S) -> Iterato
         StoreError: If another process keeps writing it.
     """
     directory = root / space.name
-    directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory, fcntl.LOCK_EX, wait_s):
         store, damaged = _read(directory, space)
         if damaged:
@@ -287,7 +287,6 @@ def adding(root: Path, space: Space, part: Part, *, wait_s: float = LOCK_WAIT_S)
         StoreError: If another process keeps the space for itself.
     """
     directory = root / space.name
-    directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory, fcntl.LOCK_SH, wait_s):
         store, _ = _read(directory, space)
         store.part = part
@@ -308,8 +307,9 @@ def drop_orphans(root: Path, needed: Callable[[Space], Set[str]], *, dry_run: bo
     """
     found = []
     for directory in sorted(path for path in root.glob("*") if SPACE_NAME.fullmatch(path.name)):
-        if not any(directory.iterdir()):  # a kill came before its last step
-            directory.rmdir()
+        if not _holds_something(directory):
+            if not dry_run:
+                _remove_empty(directory)
             continue
         space = _read_space(directory)
         images = needed(space)
@@ -323,6 +323,18 @@ def drop_orphans(root: Path, needed: Callable[[Space], Set[str]], *, dry_run: bo
                 (directory / SPACE_CARD).unlink()
                 directory.rmdir()
     return [orphans for orphans in found if orphans.rows]
+
+
+def _holds_something(directory: Path) -> bool:
+    """Whether there is more in a space's folder than what a kill at its first step or before its last leaves."""
+    return any(not path.name.startswith(".") for path in directory.iterdir())
+
+
+def _remove_empty(directory: Path) -> None:
+    """Removes the folder of a space that holds nothing, unless another process begins to fill it."""
+    with _locked(directory, fcntl.LOCK_EX, LOCK_WAIT_S):
+        if not _holds_something(directory):
+            shutil.rmtree(directory)
 
 
 def _read_space(directory: Path) -> Space:
@@ -412,27 +424,36 @@ def _names(paths: Iterable[Path]) -> str:
 @contextmanager
 def _locked(directory: Path, mode: int, wait_s: float) -> Iterator[None]:
     """Holds the folder itself: no lock file that DVC would track, and the kernel frees it when the process dies."""
-    handle = os.open(directory, os.O_RDONLY)
+    deadline, told = time.monotonic() + wait_s, False
+    while (handle := _try_lock(directory, mode)) is None:
+        if time.monotonic() >= deadline:
+            raise StoreError(
+                f"{directory} is being written by another process, for more than {wait_s:g} s. "
+                "Wait for it to finish (or end it) and run again; nothing was changed."
+            )
+        if not told:
+            logger.info("%s: another process writes it; waiting up to %g s", directory, wait_s)
+            told = True
+        time.sleep(LOCK_POLL_S)
     try:
-        deadline, told = time.monotonic() + wait_s, False
-        while not _try_lock(handle, mode):
-            if time.monotonic() >= deadline:
-                raise StoreError(
-                    f"{directory} is being written by another process, for more than {wait_s:g} s. "
-                    "Wait for it to finish (or end it) and run again; nothing was changed."
-                )
-            if not told:
-                logger.info("%s: another process writes it; waiting up to %g s", directory, wait_s)
-                told = True
-            time.sleep(LOCK_POLL_S)
         yield
     finally:
         os.close(handle)
 
 
-def _try_lock(handle: int, mode: int) -> bool:
-    try:
-        fcntl.flock(handle, mode | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _try_lock(directory: Path, mode: int) -> int | None:
+    """The folder, made where there is none, open and locked; None where another process has it, or has removed it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):  # `tanuki gc` removes a folder that is empty, and its lock with it
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, mode | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), directory.stat()):
+                return handle
+        except BlockingIOError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+    return None

@@ -42,7 +42,9 @@ from tasks.training.boundary import RecomputedBoundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
 from tasks.training.device import on_device
 from tasks.training.schedule import (
+    ADAMW_DEFAULT,
     ADVERSARIAL,
+    STATED_BATCH_SIZE,
     USELESS_STEPS,
     AdversarialSettings,
     AttackName,
@@ -338,9 +340,10 @@ class _Adversarial:
                 self.adversarial.max_tflop * 1e12 / max(self._flop_per_image() * settings.batch_size, 1)
             ),
         )
+        rate = self.adversarial.learning_rate * settings.batch_size / STATED_BATCH_SIZE
         return Pace(
-            recipe=settings.recipe,
-            learning_rates=[self.adversarial.learning_rate] * (network.num_groups + 1),
+            recipe=ADAMW_DEFAULT,
+            learning_rates=[rate] * (network.num_groups + 1),
             weight_decay=settings.weight_decay,
             length=length,
             warmup_fraction=SLOW_START_FRACTION,

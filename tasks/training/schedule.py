@@ -13,6 +13,8 @@ from tasks.models.layer_groups import Groups
 
 REFERENCE_BATCH_SIZE = 64
 """Batch size that the recipes' learning rates are given for; they scale linearly."""
+STATED_BATCH_SIZE = 32
+"""Batch size that params.yaml's rates of the stages adversarial and scratch are given for; they scale linearly, too."""
 MIN_STEPS = 200
 """Steps of the top stage when epochs are chosen by size; later stages take half."""
 USELESS_STEPS = 20
@@ -109,7 +111,7 @@ class AdversarialSettings:
         epsilon: Largest change of a value in [0, 1].
         epochs: At most.
         max_tflop: Floating-point work of the steps, in 10^12, that of the attacks included.
-        learning_rate: Of all layer groups, at this batch size.
+        learning_rate: AdamW's, of all layer groups, at batch size 32.
         pgd_steps: Of the attack ``pgd`` in training.
         clean_weight: Share of the loss on undisturbed pictures.
         max_clean_loss: Validation accuracy that robustness may cost.

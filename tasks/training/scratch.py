@@ -25,7 +25,7 @@ from tasks.training.augmented import Item, LabelledPixels
 from tasks.training.boundary import RecomputedBoundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile
 from tasks.training.device import memory_format, on_device
-from tasks.training.schedule import SCRATCH, Recipe, ScratchSettings, StageLength, TuningSettings
+from tasks.training.schedule import SCRATCH, STATED_BATCH_SIZE, Recipe, ScratchSettings, StageLength, TuningSettings
 from tasks.training.selection import judge
 from tasks.training.staged import (
     EpochRecord,
@@ -40,7 +40,6 @@ from tasks.training.staged import (
 )
 from tasks.training.tuner import DivergedError, Pace, StageTuner, StandardisedHead, put
 
-REFERENCE_BATCH_SIZE = 32
 TIMED_STEPS, WARM_UP_STEPS = 4, 2
 STATISTICS_BATCHES = 20
 MIN_STEPS = 20
@@ -134,7 +133,7 @@ class _Scratch:
     @property
     def learning_rate(self) -> float:
         """The full one, at this batch size."""
-        return self.scratch.learning_rate * self.settings.batch_size / REFERENCE_BATCH_SIZE
+        return self.scratch.learning_rate * self.settings.batch_size / STATED_BATCH_SIZE
 
     def train_all(self, checkpoints: CheckpointFile, curve: list[EpochRecord], on_epoch: OnEpoch) -> StageTuner:
         """All epochs, of which the curve grows; leaves the averaged weights in the network.

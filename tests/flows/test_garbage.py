@@ -116,6 +116,17 @@ def test_it_keeps_what_the_manifest_or_a_version_needs_and_drops_the_rest(layout
     assert collect_garbage(layout, dry_run=False, forget=[first]).text().startswith("Every stored feature is needed")
 
 
+@pytest.mark.parametrize("gone", ["accepted", "backbone_card"])
+def test_features_stay_where_a_failed_stage_left_nothing_that_tells_what_is_needed(layout: Layout, gone: str) -> None:
+    extract(layout)
+    getattr(layout, gone).unlink()
+    before = {path: path.read_bytes() for path in layout.features_dir.rglob("*") if path.is_file()}
+    report = collect_garbage(layout, dry_run=False)
+    assert report.orphans == ()
+    assert f"left alone: data/{'manifest/accepted.parquet' if gone == 'accepted' else 'backbone/'}" in report.text()
+    assert {path: path.read_bytes() for path in layout.features_dir.rglob("*") if path.is_file()} == before
+
+
 def test_of_dvcs_cache_goes_what_no_commit_and_no_kept_version_names(workspace: Workspace) -> None:
     layout = Layout(workspace.root)
     files = {}  # DVC's hashes of three states of a folder, none of which is in a commit
@@ -274,6 +285,18 @@ def test_shards_that_hold_both_are_written_anew_with_the_same_values(tmp_path: P
     np.testing.assert_array_equal(store.gather([KEYS[row] for row in kept]), values[kept].astype(np.float32))
     assert (store.directory / "000001.npy").read_bytes() == untouched
     assert sorted(path.name for path in store.directory.glob("*.npy")) == ["000001.npy", "000004.npy"]
+
+
+def test_a_space_that_a_kill_left_before_its_first_step_goes(tmp_path: Path) -> None:
+    for number, left in enumerate(([], [".space.json.k3a_9zq1.json"])):
+        folder = tmp_path / f"{number:016x}"
+        folder.mkdir()
+        for name in left:
+            (folder / name).write_text("{")
+    assert drop_orphans(tmp_path, lambda _: set(), dry_run=True) == []
+    assert len(list(tmp_path.iterdir())) == 2
+    assert drop_orphans(tmp_path, lambda _: set(), dry_run=False) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_kill_at_any_step_loses_nothing_that_is_needed(tmp_path: Path, repository: Path) -> None:

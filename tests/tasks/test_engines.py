@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,16 @@ def test_openvino_names_a_graph_that_it_cannot_run(tmp_path: Path) -> None:
     (tmp_path / "trunk.onnx").write_bytes(b"no graph")
     with pytest.raises(BackboneError, match=r"OpenVINO cannot run .*trunk\.onnx.*features\.engine"):
         openvino_forward(tmp_path / "trunk.onnx", "float32")
+
+
+@pytest.mark.parametrize(("size_px", "pictures"), [(16, 784), (64, 49), (224, 4), (384, 1)])
+def test_a_batch_on_a_cpu_holds_fewer_pictures_the_larger_they_are(
+    backbone: tuple[Layout, BackboneCard], size_px: int, pictures: int
+) -> None:
+    layout, card = backbone
+    card = replace(card, size_px=size_px)
+    engine = open_engine("onnxruntime", trunk=layout.trunk_onnx, weights=layout.backbone_weights, card=card, place=0)
+    assert engine.batch_size == pictures
 
 
 def test_the_name_of_an_engine_tells_device_and_precision(backbone: tuple[Layout, BackboneCard]) -> None:

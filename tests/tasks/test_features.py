@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,9 +19,19 @@ from ruamel.yaml import YAML
 
 from deploy.files import sha256_bytes, write_bytes
 from tasks import cache_features
-from tasks.data.feature_store import FeatureStore, Key, Part, Space, adding, open_store, writing
+from tasks.data.feature_store import (
+    LOCK_POLL_S,
+    SPACE_CARD,
+    FeatureStore,
+    Key,
+    Part,
+    Space,
+    adding,
+    open_store,
+    writing,
+)
 from tasks.data.features import STORE_CARD, feature_space, load_features, read_engine, write_engine
-from tasks.data.manifest import read_manifest
+from tasks.data.manifest import read_manifest, write_manifest
 from tasks.data.views import apply_view, training_views, view_names
 from tasks.errors import BackboneError, DataError, StoreError
 from tasks.layout import Layout
@@ -189,6 +200,31 @@ class TestStore:
             assert len(store) == 2
         first.join()
 
+    def test_who_waited_for_a_space_that_was_removed_meanwhile_holds_the_new_one(self, tmp_path: Path) -> None:
+        waiting, holding, done = threading.Event(), threading.Event(), threading.Event()
+
+        def write() -> None:
+            waiting.set()
+            with writing(tmp_path, SPACE, wait_s=60) as store:
+                holding.set()
+                assert done.wait(60)
+                store.append(keys_of(2), np.ones((2, 3)))
+
+        with writing(tmp_path, SPACE) as store:
+            second = threading.Thread(target=write)
+            second.start()
+            assert waiting.wait(10)
+            time.sleep(2 * LOCK_POLL_S)
+            (store.directory / SPACE_CARD).unlink()  # as `drop_orphans` does with a space that nothing needs
+            store.directory.rmdir()
+        assert holding.wait(10)
+        with pytest.raises(StoreError, match="being written by another process"):  # noqa: SIM117
+            with writing(tmp_path, SPACE, wait_s=0.05):
+                pass
+        done.set()
+        second.join()
+        assert len(open_store(tmp_path, SPACE)) == 2
+
 
 def hurt(path: Path, damage: str) -> None:
     data = path.read_bytes()
@@ -260,6 +296,10 @@ class TestCacheFeatures:
         run(other, batch_size="auto")
         assert contents(layout.features_dir) == contents(other.features_dir)
 
+    @pytest.mark.parametrize(("num_views", "size"), [(0, 1), (3, 1), (1000, 63), (2048, 128), (10**6, 128)])
+    def test_few_pictures_are_spread_over_all_threads(self, num_views: int, size: int) -> None:
+        assert cache_features._batch_size(128, num_views, workers=16) == size
+
     def test_a_feature_is_what_the_backbone_gives_for_the_view(self, layout: Layout) -> None:
         run(layout)
         path = layout.raw / "ant" / "00000.png"
@@ -314,6 +354,18 @@ class TestCacheFeatures:
         report = run(layout, recheck=32)
         assert (report.stale, report.extracted) == (1, 32)
         assert contents(layout.features_dir) == before
+
+    def test_a_picture_that_changed_where_recheck_looks_keeps_no_other_from_being_stored(self, layout: Layout) -> None:
+        run(layout)
+        (layout.raw / "ant" / "00000.png").write_bytes((layout.raw / "ant" / "00001.png").read_bytes())
+        rows = read_manifest(layout.accepted)
+        put_images(layout, {"bee": 5}, start=10)
+        put_manifest(layout)
+        new = read_manifest(layout.accepted)
+        write_manifest(layout.accepted, pd.concat([rows, new[~new["path"].isin(rows["path"])]]))
+        with pytest.raises(DataError, match=r"1 accepted image\(s\) cannot be used: \S+/ant/00000.png \(changed"):
+            run(layout, recheck=32)
+        assert len(store_of(layout)) == 32 + 8
 
     def test_weights_swapped_under_the_same_name_are_refused_and_nothing_is_stored(self, layout: Layout) -> None:
         write_bytes(layout.trunk_onnx, trunk_graph(seed=1).SerializeToString())
