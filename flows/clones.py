@@ -22,7 +22,18 @@ from pathlib import Path
 from deploy.files import sha256_file, write_bytes
 from flows.dvc_files import keep_lock, mend
 from flows.graph import Stage, read_stages
-from flows.workspace import BusyError, WorkspaceError, cache_dir, dvc, git, set_dvc_cache, track_raw
+from flows.workspace import (
+    BusyError,
+    WorkspaceError,
+    cache_dir,
+    default_remote,
+    dvc,
+    git,
+    remote_url,
+    set_dvc_cache,
+    set_dvc_remote,
+    track_raw,
+)
 from tasks.layout import Layout
 from tasks.params import load_params
 
@@ -168,6 +179,33 @@ def scratch_copy(main: Layout, copy: Layout, snapshot: Snapshot) -> None:
     _bring_files(main, copy, snapshot)
     for pointer in (copy.dvc_lock, copy.raw_pointer, copy.raw_changes):
         pointer.unlink(missing_ok=True)
+
+
+@contextmanager
+def worktree(main: Layout, commit: str) -> Iterator[Layout]:
+    """A commit's files, checked out aside for a while; what is committed there the workspace has, on no branch.
+
+    Call it with the workspace's lock held.
+
+    Raises:
+        WorkspaceError: If git does not have the commit.
+    """
+    place = Layout(main.clones_dir / "worktree")
+    _drop_worktree(main, place)  # a killed run's
+    try:
+        # No hooks: `dvc install` has one that would check out all the data.
+        git(main, "-c", "core.hooksPath=/dev/null", "worktree", "add", "--quiet", "--detach", str(place.root), commit)
+        _configure(main, place)
+        if (remote := default_remote(main)) is not None:
+            set_dvc_remote(place, remote, remote_url(main, remote))
+        yield place
+    finally:
+        _drop_worktree(main, place)
+
+
+def _drop_worktree(main: Layout, place: Layout) -> None:
+    shutil.rmtree(place.root, ignore_errors=True)
+    git(main, "worktree", "prune")
 
 
 def adopt(main: Layout, clone: Layout, snapshot: Snapshot) -> bool:

@@ -7,20 +7,27 @@
 
 Each step finds what an earlier run has done, so a kill anywhere is mended by doing it again. Behind `--publish` and
 `tanuki publish`; the inbox shares the steps.
+
+Where the workspace is not the champion's any more, because images came in or a later model was refused, the commit is
+made aside, on top of the one that the champion was made at, out of the files that its lineage keeps: the tags name it,
+and the branch goes on without it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deploy.bundle import SIGNATURE, read_bundle
 from deploy.errors import BundleError
 from deploy.files import write_bytes
 from deploy.registry import Registry, Version
+from flows.clones import worktree
 from flows.registries import registry_of, registry_place
 from flows.sources import named_lines
 from flows.workspace import (
+    MAX_TOLD,
     Upstream,
     WorkspaceError,
     default_remote,
@@ -64,8 +71,8 @@ class Published:
         """The same for a person."""
         if not self.is_known:
             return (
-                f"Version {self.version} is champion, but was never published, and data/bundle holds another model by "
-                "now: nothing to publish before the next promotion."
+                f"Version {self.version} is champion, but was never published, data/bundle holds another model by now, "
+                "and the version does not tell what it was made of: nothing to publish before the next promotion."
             )
         done = [
             *([f"its bytes are on the remote {self.remote}"] if self.remote else []),
@@ -87,20 +94,35 @@ def publish_champion(layout: Layout) -> Published:
     champion = registry.require_champion()
     check_publishable(layout)
     remote = commit = None
+    at = "HEAD"
     if (branch := upstream(layout)) is not None:
         git(layout, "fetch", "--quiet", "--tags", branch.remote)  # what other machines have published
     if not _is_registered(layout, champion):
-        if not _is_in_workspace(layout, champion):
+        origin = registry.registered_lineage(champion.id)
+        if _is_current(layout, champion):
+            remote, commit = _commit(layout, registry, champion)
+        elif _is_told(origin):
+            with worktree(layout, origin["git_commit"]) as place:
+                for name, text in origin["pointers"].items():
+                    write_bytes(place.root / name, text.encode())
+                remote, commit = _commit(place, registry, champion)
+                at = git(place, "rev-parse", "HEAD")
+        elif not _is_in_workspace(layout, champion):
             return Published(champion.id, is_known=False)
-        _check_committable(layout)
-        remote = push_data(layout, what="the model", kept="Nothing was committed")
-        _copy_signature(layout, registry, champion)
-        files = [layout.dvc_lock, layout.raw_pointer, layout.raw_changes, layout.params, layout.published_signature]
-        names = [str(file.relative_to(layout.root)) for file in files if file.is_file() or _is_tracked(layout, file)]
-        commit = commit_only(layout, names, f"Version {champion.id} of the model")
-    tags = _tag(layout, champion)
+        else:
+            _check_committable(layout)  # says why it is not
+    tags = _tag(layout, champion, at)
     pushed = push_git(layout, *(f"refs/tags/{ARTIFACT}{mark}*" for mark in "@#"), kept="Commit and tags are made here")
     return Published(champion.id, remote, commit, tags, None if pushed is None else pushed.name)
+
+
+def _commit(layout: Layout, registry: Registry, champion: Version) -> tuple[str | None, str | None]:
+    """Pushes and commits what the champion was made of, which a checkout names; the remote, and the commit if new."""
+    remote = push_data(layout, what="the model", kept="Nothing was committed")
+    _copy_signature(layout, registry, champion)
+    files = [layout.dvc_lock, layout.raw_pointer, layout.raw_changes, layout.params, layout.published_signature]
+    names = [str(file.relative_to(layout.root)) for file in files if file.is_file() or _is_tracked(layout, file)]
+    return remote, commit_only(layout, names, f"Version {champion.id} of the model")
 
 
 def _copy_signature(layout: Layout, registry: Registry, champion: Version) -> None:
@@ -197,6 +219,24 @@ def push_git(layout: Layout, *refs: str, kept: str) -> Upstream | None:
     return branch
 
 
+def _is_current(layout: Layout, champion: Version) -> bool:
+    """Whether the workspace, as it stands, is what the champion was made of."""
+    if not _is_in_workspace(layout, champion):
+        return False
+    try:
+        _check_committable(layout)
+    except WorkspaceError:
+        return False
+    return True
+
+
+def _is_told(origin: Mapping[str, Any]) -> bool:
+    """Whether a version's lineage has all that a commit of it takes: what came with earlier releases does not."""
+    changed = origin.get("git_uncommitted", ())
+    code = any(name.startswith(CODE) for name in changed) or len(changed) >= MAX_TOLD
+    return bool(origin.get("git_commit") and origin.get("pointers")) and not code
+
+
 def _is_in_workspace(layout: Layout, champion: Version) -> bool:
     """Whether data/bundle, and with it dvc.lock, is about the champion."""
     try:
@@ -240,13 +280,13 @@ def _version_tag(version: Version) -> str:
     return f"{ARTIFACT}@v{version.id}.0.0"
 
 
-def _tag(layout: Layout, champion: Version) -> tuple[str, ...]:
-    """Tags the commit of the champion, and that it is the one in production; which tags are new."""
+def _tag(layout: Layout, champion: Version, at: str) -> tuple[str, ...]:
+    """Tags a commit as the champion's where none is yet, and that it is the one in production; which tags are new."""
     made = []
     tag = _version_tag(champion)
     if not _is_registered(layout, champion):
         words = f"Registering artifact {ARTIFACT} version v{champion.id}.0.0\n\nbundle {champion.digest}"
-        git(layout, "tag", "--annotate", "--message", words, tag, "HEAD")
+        git(layout, "tag", "--annotate", "--message", words, tag, at)
         made.append(tag)
     assigned = _assignments(layout)
     latest = max(assigned, default=0)

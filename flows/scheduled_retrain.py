@@ -89,11 +89,11 @@ def _publish(main: Layout) -> str:
             published = publish_champion(main)
     except publication.MovedOnError:
         return (
-            " Not published: images, code or params changed during this run, and git would name others than the model "
-            "was made with. What the next retrain promotes is published."
+            " Not published: images, code or params changed since, git would name others than the model was made with, "
+            "and its version does not tell which. What the next retrain promotes is published."
         )
     except BusyError as error:
-        return f" Not published yet: {error} The next run publishes it if nothing changed."
+        return f" Not published yet: {error} The next run publishes it."
     return "" if published.is_known else f" {published.text()}"
 
 

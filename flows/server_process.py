@@ -6,7 +6,9 @@ transaction that has the lock, and after a minute everything that waited fails w
 its own the collector waits, and nothing else.
 
 A webhook's address is its password, and httpx tells all of it when the webhook answers an error. Addresses are masked
-by their form, so that those are too which somebody gave to Prefect in its pages.
+by their form, so that those are too which somebody gave to Prefect in its pages. In its database Prefect keeps, of a
+webhook that answered an error, nothing; of what Apprise sends (e-mail, json://), Apprise's warnings, which name no
+address (tested with these three; Apprise's other services word their own).
 """
 
 import gc

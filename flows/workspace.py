@@ -34,6 +34,7 @@ INTERRUPTED_CODES = (128 + signal.SIGINT, -signal.SIGINT, 252)
 
 TAIL_LINES = 40
 LOCK_POLL_S = 0.2
+MAX_TOLD = 50  # files that are not committed, in a lineage
 DVC_CHATTER = re.compile(
     r"^$|^Running stage |^> |^Generating lock|^Updating lock|^Use `dvc push`|^Data and pipelines|^Stage '|^Verifying|"
     r"^WARNING: No file hash info found|^Reproducing experiment|^Ran experiment|^Experiment results have been|"
@@ -270,6 +271,18 @@ def dvc_setting(layout: Layout, section: str, key: str) -> str | None:
     return None if value is None else str(value)
 
 
+def set_dvc_remote(layout: Layout, name: str, url: str) -> None:
+    """Sets where a remote of this checkout lies, in its local settings; in .dvc/config a path is relative to it."""
+    with _dvc_config(layout).edit("local") as settings:
+        settings["remote"] = {**settings.get("remote", {})}
+        settings["remote"][name] = {**settings["remote"].get(name, {}), "url": url}
+
+
+def remote_url(layout: Layout, name: str) -> str:
+    """Where a remote lies, a path in full."""
+    return str(_dvc_config(layout)["remote"][name]["url"])
+
+
 def set_dvc_cache(layout: Layout, folder: Path, *, link: str | None = None) -> None:
     """Sets where this checkout keeps DVC's cache, and how files are linked to it, in its local settings."""
     with _dvc_config(layout).edit("local") as settings:
@@ -492,13 +505,17 @@ def _stage_error(stage: str, tail: list[str], returncode: int, timed_out: bool, 
 
 
 def lineage(layout: Layout) -> dict[str, Any]:
-    """Where the workspace stands: git commit, whether anything is not committed, and DVC's hash of every output."""
-    changed = [line[3:] for line in git(layout, "status", "--porcelain").splitlines()]
+    """Where the workspace stands: git commit, what is not committed, DVC's hash of every output, what names them."""
+    changed = [line.split(maxsplit=1)[1] for line in git(layout, "status", "--porcelain").splitlines()]
+    pointers = (layout.dvc_lock, layout.raw_pointer, layout.params)
     return {
         "git_commit": _head(layout),
-        "git_uncommitted": changed[:50],
+        "git_uncommitted": changed[:MAX_TOLD],
         "data_version": data_version(layout),
         "dvc_outputs": _locked_outputs(layout),
+        "pointers": {
+            str(file.relative_to(layout.root)): file.read_text(encoding="utf-8") for file in pointers if file.is_file()
+        },
     }
 
 

@@ -16,7 +16,7 @@ from deploy.registry import Registry
 from deploy.signing import generate_keys, require_signature
 from flows.publication import Published, publish_champion
 from flows.scheduled_retrain import scheduled_retrain
-from flows.workspace import WorkspaceError, exclusive, find_workspace
+from flows.workspace import WorkspaceError, exclusive, find_workspace, lineage
 from tasks.layout import Layout
 from tests.conftest import Workspace, clone
 from tests.deploy.tiny_bundle import write_colour_bundle
@@ -67,12 +67,12 @@ def layout(workspace: Workspace) -> Layout:
     return find_workspace(workspace.root)
 
 
-def champion(workspace: Workspace, layout: Layout, sharpness: float) -> None:
-    """A new champion, as a retrain leaves it."""
+def champion(workspace: Workspace, layout: Layout, sharpness: float, *, tells: bool = False) -> None:
+    """A new champion, as a retrain leaves it; its lineage is as empty as of old releases, unless it tells."""
     write_colour_bundle(layout.root / "made", sharpness=sharpness)
     workspace.dvc("repro", "--quiet")
     registry = Registry(layout.registry_dir)
-    version = registry.register(layout.bundle_dir, {})
+    version = registry.register(layout.bundle_dir, lineage(layout) if tells else {})
     registry.promote(version.id, reason="better", expected=registry.champion_id())
 
 
@@ -112,11 +112,47 @@ def test_a_scheduled_retrain_says_what_is_not_published_because_the_workspace_we
     """As an ingest during the run leaves it; the champion answers, so that the run has not failed."""
     (layout.root / "made" / "new.txt").write_text("came meanwhile")
     told = workspace.run(sys.executable, "-c", PUBLISH, layout.root).stdout
-    assert "told:  Not published: images, code or params changed during this run" in told
+    assert "told:  Not published: images, code or params changed since" in told
     assert upstream_tags(workspace, tmp_path) == []
     (layout.root / "made" / "new.txt").unlink()
     assert workspace.run(sys.executable, "-c", PUBLISH, layout.root).stdout.endswith("told: \n")
     assert upstream_tags(workspace, tmp_path) == ["tanuki#prod#1", "tanuki@v1.0.0"]
+
+
+@pytest.mark.slow
+def test_a_champion_is_published_when_images_came_and_a_later_model_was_refused(
+    workspace: Workspace, layout: Layout, tmp_path: Path
+) -> None:
+    upstream, fetched = tmp_path / "upstream.git", tmp_path / "fetched"
+    storage = ("--remote-config", f"url={tmp_path / 'storage'}")
+    workspace.run("git", "config", "user.name", "Only in this repository")
+    workspace.dvc("remote", "modify", "storage", "url", "../storage")
+    workspace.run("git", "commit", "--quiet", "--all", "--message", "A path")
+    add_image(workspace, layout, "cat/a.png")
+    champion(workspace, layout, 9.0, tells=True)
+    digest = Registry(layout.registry_dir).version(2).digest
+    add_image(workspace, layout, "cat/b.png")
+    write_colour_bundle(layout.root / "made", sharpness=10.0)
+    workspace.dvc("repro", "--quiet")
+    before = [workspace.run("git", *command).stdout for command in (("status", "--porcelain"), ("rev-parse", "HEAD"))]
+    published = publish_champion(layout)
+    assert (published.version, published.tags) == (2, ("tanuki@v2.0.0", "tanuki#prod#1"))
+    assert in_production(workspace, upstream) == "v2.0.0"
+    workspace.dvc("artifacts", "get", upstream, "tanuki", "--stage", "prod", *storage, "--out", fetched / "bundle")
+    assert verify_bundle(fetched / "bundle").digest == digest
+    shutil.rmtree(layout.root / ".dvc" / "cache")  # what is fetched now comes out of the remote
+    workspace.dvc("get", upstream, "data/raw", "--rev", "tanuki@v2.0.0", *storage, "--out", fetched / "raw")
+    assert [file.name for file in (fetched / "raw" / "cat").iterdir()] == ["a.png"]
+    after = [workspace.run("git", *command).stdout for command in (("status", "--porcelain"), ("rev-parse", "HEAD"))]
+    assert after == before
+    assert len(workspace.run("git", "worktree", "list").stdout.splitlines()) == 1
+    assert publish_champion(layout) == Published(2, pushed_to="origin/main")
+
+
+def add_image(workspace: Workspace, layout: Layout, name: str) -> None:
+    (layout.raw / name).parent.mkdir(parents=True, exist_ok=True)
+    (layout.raw / name).write_bytes(name.encode())  # nothing here looks at it
+    workspace.dvc("add", "--quiet", "data/raw")
 
 
 def upstream_tags(workspace: Workspace, tmp_path: Path) -> list[str]:

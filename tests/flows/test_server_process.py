@@ -85,15 +85,18 @@ def fails():
     pass
 
 with get_client(sync_client=True) as client:
-    _automate(client, _save_blocks([sys.argv[1]]))
+    _automate(client, _save_blocks(sys.argv[1:]))
     run = client.create_flow_run(fails)
     client.set_flow_run_state(run.id, Failed(message="as asked"), force=True)
 """
 
 
 @pytest.mark.slow
-def test_a_webhook_that_answers_an_error_does_not_get_its_address_into_the_servers_log(tmp_path: Path) -> None:
+def test_who_refuses_to_be_told_does_not_get_secrets_into_the_servers_log_and_database(tmp_path: Path) -> None:
+    """Of a webhook that answers an error, and of others that are away: Prefect keeps an event of what failed."""
     port, log = free_port(), tmp_path / "server.log"
+    apprise = f"json://127.0.0.1:{free_port()}/T0KEN"
+    away = f"mailto://me:T0KEN@127.0.0.1:{free_port()}?smtp=127.0.0.1&mode=insecure&from=a@x.org&to=b@x.org"
     url = f"http://127.0.0.1:{port}/api"
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": url, "DO_NOT_TRACK": "1"}
     serve = serve_command("--host", "127.0.0.1", "--port", str(port), "--no-ui")
@@ -101,15 +104,24 @@ def test_a_webhook_that_answers_an_error_does_not_get_its_address_into_the_serve
         server = subprocess.Popen(serve, env=environment, stdout=words, stderr=subprocess.STDOUT)
         try:
             until(lambda: answers(f"{url}/health"))
-            subprocess.run([sys.executable, "-c", TELL, f"{address}/secret"], env=environment, check=True)
+            subprocess.run([sys.executable, "-c", TELL, f"{address}/T0KEN", apprise, away], env=environment, check=True)
             until(lambda: heard and "410" in log.read_text())
+            until(lambda: database(tmp_path).count(b"Notification failed") >= 2)
             time.sleep(1)
         finally:
             server.terminate()
             server.wait()
     told = log.read_text()
     assert f"{address.rpartition('/')[0]}/***" in told, told
-    assert "secret" not in told
+    assert "T0KEN" not in told
+    kept = database(tmp_path)
+    assert b"prefect.automation.action.failed" in kept
+    assert kept.find(b"T0KEN") == -1
+
+
+def database(prefect_home: Path) -> bytes:
+    """All that Prefect's server has written into its database."""
+    return b"".join(file.read_bytes() for file in sorted(prefect_home.glob("prefect.db*")))
 
 
 def answers(url: str) -> bool:
