@@ -244,6 +244,10 @@ class GrpcServer:
         """Takes no new calls, and waits for those under way."""
         await self._server.stop(self._service.settings.grace_s)
 
+    async def abort(self) -> None:
+        """Ends every call at once."""
+        await self._server.stop(None)
+
     def _listen(self) -> int:
         settings = self._service.settings
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -333,6 +333,22 @@ def test_tokens_keep_others_out_and_sigterm_ends_it(tmp_path: Path) -> None:
         assert running.stop() == 0
 
 
+def test_a_second_sigterm_does_not_wait_for_open_streams(tmp_path: Path) -> None:
+    add_version(tmp_path / "registry", tmp_path)
+    with (
+        serving(tmp_path / "registry", tmp_path, "--grpc-port", "0", "--grace-s", "50") as running,
+        client_module.InferenceServerClient(f"127.0.0.1:{running.grpc_port}") as client,
+    ):
+        answers: queue.Queue[Any] = queue.Queue()
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        client.async_stream_infer("tanuki", [images_input("blau")])
+        assert answers.get(timeout=20)[1] is None
+        running.process.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):  # it may go on within the grace
+            running.process.wait(3)
+        assert running.stop(20) == 0
+
+
 def test_a_deadline_a_full_queue_and_who_hangs_up_are_told_apart(tmp_path: Path) -> None:
     """One thread is busy with eight large pictures, behind which others wait."""
     add_version(tmp_path / "registry", tmp_path)
