@@ -4,11 +4,8 @@ Plain ASGI: request and response objects would cost more than the protocol aroun
 """
 
 import asyncio
-import itertools
 import logging
-import re
 import time
-import uuid
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -20,14 +17,11 @@ from starlette.types import Receive, Scope, Send
 
 from deploy.serving.connection import EXCHANGE, Exchange
 from deploy.serving.errors import BAD_REQUEST, NOT_FOUND, TOO_LARGE, TOO_SLOW, UNAUTHORIZED, UNAVAILABLE, RequestError
+from deploy.serving.request_ids import request_id
 from deploy.serving.service import Service
 
 JSON = b"application/json"
-REQUEST_ID = re.compile(rb"[\w.:/+=-]{1,128}", re.ASCII)
 UNPACK_WINDOWS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
-
-# Random bytes for each request would be a system call each, which lets another thread have the interpreter meanwhile.
-_request_ids = map(f"{uuid.uuid4().hex[:16]}{{:08x}}".format, itertools.count(1))
 
 Result = TypeVar("Result")
 
@@ -211,9 +205,8 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = time.perf_counter()
         headers = dict(scope["headers"])
-        asked = headers.get(b"x-request-id", b"")
-        request_id = asked.decode() if REQUEST_ID.fullmatch(asked) else next(_request_ids)
-        call = Call(scope, receive, self._service, headers, request_id)
+        name = request_id(headers.get(b"x-request-id", b""))
+        call = Call(scope, receive, self._service, headers, name)
         problem: str | None = None
         try:
             reply = await self._reply(call)
@@ -223,13 +216,13 @@ class Endpoint:
         except RequestError as error:
             reply, problem = error_reply(error), error.message
         except Exception:
-            logger.exception("request %s failed", request_id)
-            reply, problem = error_reply(RequestError(500, f"the server failed on request {request_id}")), "see above"
+            logger.exception("request %s failed", name)
+            reply, problem = error_reply(RequestError(500, f"the server failed on request {name}")), "see above"
         await self._send(call, reply, send)
         seconds = time.perf_counter() - start
         self._service.metrics.request(self._route, reply.status, seconds)
         if problem is not None or self._service.settings.log_requests:
-            facts = {"request_id": request_id, "status": reply.status, "ms": round(seconds * 1e3, 2)}
+            facts = {"request_id": name, "status": reply.status, "ms": round(seconds * 1e3, 2)}
             logger.info("%s %s %s", scope["method"], scope["path"], problem or "answered", extra=facts)
 
     async def _reply(self, call: Call) -> Reply:

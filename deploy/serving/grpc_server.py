@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from typing import Any
 
@@ -42,6 +43,7 @@ from deploy.serving.inference_protocol import (
     refuse_shared_memory,
     timeout_of,
 )
+from deploy.serving.request_ids import request_id
 from deploy.serving.service import Service
 
 CODES = {
@@ -55,11 +57,35 @@ CODES = {
 }
 DATA_TYPES = {"TYPE_UINT8": 2, "TYPE_FP32": 11, "TYPE_STRING": 13}
 SERVING, NOT_SERVING = 1, 2  # of the health check
+STREAM = "ModelStreamInfer"
+LEFT = 499  # who asked went away
+NAME = "x-request-id"  # in the metadata of a call and, at its end, of its answer
 
 Context = Any
-Handler = Callable[["InferenceService", Any, Context], Awaitable[Any]]
+Handler = Callable[["InferenceService", Any, "Call"], Awaitable[Any]]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request on its way.
+
+    Args:
+        id: The client's name for it (the metadata x-request-id, or its message's id), or one made here.
+        context: gRPC's; of all that come on one stream the same.
+        start: When it came, by the performance counter.
+    """
+
+    id: str
+    context: Context
+    start: float
+
+
+def call_of(request: Any, context: Context) -> Call:
+    """Names a request; None for a stream, which has no message."""
+    asked = str(dict(context.invocation_metadata() or ()).get(NAME, "")).encode()
+    return Call(request_id(asked, getattr(request, "id", "").encode()), context, time.perf_counter())
 
 
 class InferenceService:
@@ -69,30 +95,30 @@ class InferenceService:
         self.service = service
         self.types = message_classes("inference", INFERENCE)
 
-    async def server_live(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+    async def server_live(self, request: Any, call: Call) -> Any:  # noqa: ARG002
         return self.types["ServerLiveResponse"](live=True)
 
-    async def server_ready(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+    async def server_ready(self, request: Any, call: Call) -> Any:  # noqa: ARG002
         return self.types["ServerReadyResponse"](ready=self.service.is_ready)
 
-    async def model_ready(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+    async def model_ready(self, request: Any, call: Call) -> Any:  # noqa: ARG002
         try:
             self.service.models.resolve(request.name, request.version)
         except RequestError:
             return self.types["ModelReadyResponse"](ready=False)
         return self.types["ModelReadyResponse"](ready=True)
 
-    async def server_metadata(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+    async def server_metadata(self, request: Any, call: Call) -> Any:  # noqa: ARG002
         version = package_version("tanuki")
         return self.types["ServerMetadataResponse"](name="tanuki", version=version, extensions=EXTENSIONS)
 
-    async def model_metadata(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+    async def model_metadata(self, request: Any, call: Call) -> Any:  # noqa: ARG002
         models = self.service.models
         model = models.resolve(request.name, request.version)
         versions = [model.version] if request.version else [each.version for each in models.loaded]
         return self.types["ModelMetadataResponse"](**model_metadata(model, models.name, versions))
 
-    async def model_config(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+    async def model_config(self, request: Any, call: Call) -> Any:  # noqa: ARG002
         models = self.service.models
         model = models.resolve(request.name, request.version)
         config = model_config(model, models.name, max_pictures=self.service.settings.max_pictures)
@@ -100,7 +126,7 @@ class InferenceService:
             port["data_type"] = DATA_TYPES[port["data_type"]]
         return self.types["ModelConfigResponse"](config=config)
 
-    async def model_statistics(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+    async def model_statistics(self, request: Any, call: Call) -> Any:  # noqa: ARG002
         models = self.service.models
         if request.name:
             models.resolve(request.name, request.version)
@@ -109,25 +135,25 @@ class InferenceService:
             del each["batch_stats"]
         return self.types["ModelStatisticsResponse"](model_stats=statistics)
 
-    async def repository_index(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+    async def repository_index(self, request: Any, call: Call) -> Any:  # noqa: ARG002
         models = self.service.models
         index = [{"name": models.name, "version": str(each.version), "state": "READY"} for each in models.loaded]
         return self.types["RepositoryIndexResponse"](models=index)
 
-    async def repository_model_load(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+    async def repository_model_load(self, request: Any, call: Call) -> Any:  # noqa: ARG002
         await self.service.look(request.model_name)
         return self.types["RepositoryModelLoadResponse"]()
 
-    async def repository_model_unload(self, request: Any, context: Context) -> Any:  # noqa: ARG002
+    async def repository_model_unload(self, request: Any, call: Call) -> Any:  # noqa: ARG002
         raise bad(f"failed to unload '{request.model_name}': promote or roll back in the registry instead")
 
-    async def model_infer(self, request: Any, context: Context) -> Any:
+    async def model_infer(self, request: Any, call: Call) -> Any:
         models = self.service.models
         model = self.service.choose(request.model_name, request.model_version)
         asked = self._understood(request)
-        limits = [limit for limit in (asked.timeout_s, context.time_remaining()) if limit is not None]
+        limits = [limit for limit in (asked.timeout_s, call.context.time_remaining()) if limit is not None]
         outcomes = await self.service.answer(
-            model, asked.pictures, request_id=asked.id, timeout_s=min(limits, default=None)
+            model, asked.pictures, request_id=asked.id or call.id, timeout_s=min(limits, default=None)
         )
         outputs = outputs_of(asked.outputs, outcomes, model)
         return self.types["ModelInferResponse"](
@@ -218,6 +244,10 @@ class GrpcServer:
         """Takes no new calls, and waits for those under way."""
         await self._server.stop(self._service.settings.grace_s)
 
+    async def abort(self) -> None:
+        """Ends every call at once."""
+        await self._server.stop(None)
+
     def _listen(self) -> int:
         settings = self._service.settings
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -240,7 +270,7 @@ class GrpcServer:
             )
             for name, method in UNARY.items()
         }
-        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+        handlers[STREAM] = grpc.stream_stream_rpc_method_handler(
             self._guarded_stream(calls),
             request_deserializer=calls.types["ModelInferRequest"].FromString,
             response_serializer=calls.types["ModelStreamInferResponse"].SerializeToString,
@@ -264,59 +294,70 @@ class GrpcServer:
     def _guarded(self, name: str, method: Handler, calls: InferenceService) -> Callable[[Any, Context], Awaitable[Any]]:
         """A call that is admitted, counted, and ends in an answer or in the protocol's words for a mistake."""
 
-        async def call(request: Any, context: Context) -> Any:
-            start, status = time.perf_counter(), 499
+        async def answered(request: Any, context: Context) -> Any:
+            call, status, problem = call_of(request, context), LEFT, None
+            context.set_trailing_metadata(((NAME, call.id),))
             try:
                 if name not in OPEN:
                     self._admit(context)
-                answer = await method(calls, request, context)
+                answer = await method(calls, request, call)
                 status = 200
             except RequestError as error:
-                status = error.status
-                logger.info("gRPC %s %s", name, error.message, extra={"status": status})
+                status, problem = error.status, error.message
                 if error.retry_after_s is not None:
-                    context.set_trailing_metadata((("retry-after", str(max(1, error.retry_after_s))),))
-                await context.abort(CODES.get(status, grpc.StatusCode.INTERNAL), error.message)
+                    after = str(max(1, error.retry_after_s))
+                    context.set_trailing_metadata(((NAME, call.id), ("retry-after", after)))
+                await context.abort(CODES.get(status, grpc.StatusCode.INTERNAL), problem)
             except asyncio.CancelledError:
                 raise
             except Exception:
-                status = 500
-                logger.exception("the gRPC call %s failed", name)
-                await context.abort(grpc.StatusCode.INTERNAL, "the server failed")
+                status, problem = 500, "see above"
+                logger.exception("request %s failed", call.id)
+                await context.abort(grpc.StatusCode.INTERNAL, f"the server failed on request {call.id}")
             finally:
-                self._service.metrics.request(f"grpc_{name}", status, time.perf_counter() - start)
+                self._done(name, call, status, problem)
             return answer
 
-        return call
+        return answered
 
     def _guarded_stream(self, calls: InferenceService) -> Callable[[AsyncIterator[Any], Context], AsyncIterator[Any]]:
-        """Answers one after the other, each counted; a mistake ends nothing but its own request."""
+        """Answers one after the other, each named and counted; a mistake ends nothing but its own request."""
 
         async def answered(request: Any, context: Context) -> Any:
-            start, status = time.perf_counter(), 499
+            call, status, problem = call_of(request, context), LEFT, None
             try:
-                answer = await calls.model_infer(request, context)
+                answer = await calls.model_infer(request, call)
                 status = 200
                 return calls.types["ModelStreamInferResponse"](infer_response=answer)
             except RequestError as error:
-                status, message = error.status, error.message
+                status, problem = error.status, error.message
+                message = problem
             except Exception:
-                status, message = 500, "the server failed"
-                logger.exception("the gRPC call ModelStreamInfer failed")
+                status, problem, message = 500, "see above", f"the server failed on request {call.id}"
+                logger.exception("request %s failed", call.id)
             finally:
-                self._service.metrics.request("grpc_ModelStreamInfer", status, time.perf_counter() - start)
+                self._done(STREAM, call, status, problem)
             failed = calls.types["ModelInferResponse"](id=request.id)
             return calls.types["ModelStreamInferResponse"](error_message=message, infer_response=failed)
 
-        async def call(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        async def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
             try:
                 self._admit(context)
             except RequestError as error:
+                self._done(STREAM, call_of(None, context), error.status, error.message)
                 await context.abort(CODES[error.status], error.message)
             async for request in requests:
                 yield await answered(request, context)
 
-        return call
+        return stream
+
+    def _done(self, name: str, call: Call, status: int, problem: str | None) -> None:
+        """Counts a request that is over, and logs it as HTTP's are (deploy/serving/endpoint.py)."""
+        seconds = time.perf_counter() - call.start
+        self._service.metrics.request(f"grpc_{name}", status, seconds)
+        if status != LEFT and (problem is not None or self._service.settings.log_requests):
+            facts = {"request_id": call.id, "status": status, "ms": round(seconds * 1e3, 2)}
+            logger.info("gRPC %s %s", name, problem or "answered", extra=facts)
 
     def _admit(self, context: Context) -> None:
         metadata = dict(context.invocation_metadata() or ())

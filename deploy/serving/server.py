@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from deploy.serving.worker import Worker
 
 SPARE_FILES = 256  # for everything but connections
+LOOK_S = 0.1  # how soon a second SIGTERM is heeded
 KEEP_ALIVE_S = 75  # longer than the usual proxy keeps its side, so that it is the proxy who closes
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,17 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         ends = [super().shutdown(sockets)]
         if self._beside is not None:
-            ends.append(self._beside.stop())
+            ends.append(self._stop_beside(self._beside))
         await asyncio.gather(*ends)
+
+    async def _stop_beside(self, beside: "GrpcServer") -> None:
+        """Ends gRPC within the grace, or at once when that is asked for meanwhile."""
+        ending = asyncio.ensure_future(beside.stop())
+        while not (self.force_exit or ending.done()):
+            await asyncio.wait([ending], timeout=LOOK_S)
+        if not ending.done():
+            ending.cancel()
+            await beside.abort()
 
 
 def serve(settings: Settings, *, worker: "Worker | None" = None) -> None:

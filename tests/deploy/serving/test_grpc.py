@@ -20,6 +20,7 @@ from tests.deploy.serving.test_inference_protocol import LENGTH, REQUESTS
 from tests.deploy.tiny_bundle import LABELS, colour_image, encoded
 
 grpc = pytest.importorskip("grpc")
+pq = pytest.importorskip("pyarrow.parquet")
 client_module = pytest.importorskip("tritonclient.grpc")
 InferenceServerException = pytest.importorskip("tritonclient.utils").InferenceServerException
 
@@ -254,6 +255,50 @@ def test_mistakes_have_their_code_and_the_same_words(client: Any) -> None:
         assert message in told.value.message()
 
 
+def test_requests_are_found_again_in_logs_and_captures(tmp_path: Path) -> None:
+    """By the metadata's name, the message's, or one made here, which comes back in metadata alone."""
+    add_version(tmp_path / "registry", tmp_path)
+    capture = ("--capture-dir", str(tmp_path / "spool"), "--capture-fraction", "1")
+    options = ("--grpc-port", "0", "--log-requests", *capture)
+    blue, named = [images_input("blau")], {"x-request-id": "by-metadata"}
+    with serving(tmp_path / "registry", tmp_path, *options) as running:
+        address = f"127.0.0.1:{running.grpc_port}"
+        with client_module.InferenceServerClient(address) as client:
+            assert client.infer("tanuki", blue, headers=named).get_response().id == ""
+            assert client.infer("tanuki", blue, request_id="by-message").get_response().id == "by-message"
+            assert client.infer("tanuki", blue, request_id="a b").get_response().id == "a b"
+            assert client.infer("tanuki", blue).get_response().id == ""
+            with pytest.raises(InferenceServerException):
+                client.infer("tanuki", blue, "7", headers={"x-request-id": "wrong"})
+            streamed: queue.Queue[Any] = queue.Queue()
+            client.start_stream(lambda result, error: streamed.put((result, error)))
+            for number, model in enumerate(("tanuki", "other")):
+                client.async_stream_infer(model, blue, request_id=f"streamed-{number}")
+            assert [streamed.get(timeout=20)[1] is None for _ in range(2)] == [True, False]
+            client.stop_stream()
+        with grpc.insecure_channel(address) as channel:
+            _, call = channel.unary_unary("/inference.GRPCInferenceService/ServerMetadata").with_call(b"")
+            (made,) = [value for key, value in call.trailing_metadata() if key == "x-request-id"]
+            with pytest.raises(grpc.RpcError) as refused:
+                channel.unary_unary("/inference.GRPCInferenceService/ModelMetadata")(
+                    b"", metadata=(("x-request-id", "mine"),)
+                )
+            assert ("x-request-id", "mine") in refused.value.trailing_metadata()
+        assert running.stop() == 0
+        logged = [line for line in running.lines() if line["message"].startswith("gRPC ")]
+    calls = [line["message"].split()[1] for line in logged]
+    assert calls == ["ModelInfer"] * 5 + ["ModelStreamInfer"] * 2 + ["ServerMetadata", "ModelMetadata"]
+    ids = [line["request_id"] for line in logged]
+    assert [*ids[:2], *ids[4:]] == ["by-metadata", "by-message", "wrong", "streamed-0", "streamed-1", made, "mine"]
+    assert [line["status"] for line in logged] == [200, 200, 200, 200, 404, 200, 404, 200, 404]
+    assert len(set(ids)) == len(ids)  # those that were made here too
+    assert all(re.fullmatch("[0-9a-f]{24}", each) for each in (ids[2], ids[3], made))
+    assert all(line["ms"] > 0 for line in logged)
+    files = sorted((tmp_path / "spool").glob("*.parquet"))
+    captured = [row["request_id"] for file in files for row in pq.read_table(file).to_pylist()]
+    assert captured == ["by-metadata", "by-message", "a b", ids[3], "streamed-0"]
+
+
 def test_statistics_count_what_was_asked(client: Any) -> None:
     before = client.get_inference_statistics("m").model_stats[0]
     client.infer("m", [images_input("blau", "grün")])
@@ -286,6 +331,22 @@ def test_tokens_keep_others_out_and_sigterm_ends_it(tmp_path: Path) -> None:
             told = client.infer("tanuki", [images_input("blau")], headers={"authorization": "Bearer secret"})
             assert told.as_numpy("probabilities").argmax() == 0
         assert running.stop() == 0
+
+
+def test_a_second_sigterm_does_not_wait_for_open_streams(tmp_path: Path) -> None:
+    add_version(tmp_path / "registry", tmp_path)
+    with (
+        serving(tmp_path / "registry", tmp_path, "--grpc-port", "0", "--grace-s", "50") as running,
+        client_module.InferenceServerClient(f"127.0.0.1:{running.grpc_port}") as client,
+    ):
+        answers: queue.Queue[Any] = queue.Queue()
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        client.async_stream_infer("tanuki", [images_input("blau")])
+        assert answers.get(timeout=20)[1] is None
+        running.process.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):  # it may go on within the grace
+            running.process.wait(3)
+        assert running.stop(20) == 0
 
 
 def test_a_deadline_a_full_queue_and_who_hangs_up_are_told_apart(tmp_path: Path) -> None:
