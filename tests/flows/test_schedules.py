@@ -15,6 +15,7 @@ import pytest
 from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel
 from prefect.client.schemas.objects import State
 from prefect.events import DeploymentTriggerTypes
+from prefect.settings import Settings
 from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
@@ -28,7 +29,7 @@ from flows.scheduled_retrain import STATES
 from flows.signals import RETRAIN_WANTED
 from flows.up.parts import Part
 from flows.up.provision import OCCASIONS, RETRAIN, deployment_names, end_zombies
-from flows.up.settings import WORK_POOL, UpSettings, check
+from flows.up.settings import WORK_POOL, UpSettings, check, part_environment
 from flows.up.supervisor import tend, whatever_comes
 from flows.up.terminal import Tail, readable
 from tasks.layout import Layout
@@ -86,6 +87,18 @@ def test_a_wrong_address_is_refused_without_telling_its_secret(settings: UpSetti
     with pytest.raises(TanukiError, match=expected) as refused:
         check(settings)
     assert "secret" not in str(refused.value)
+
+
+def test_prefect_understands_what_a_box_sets_so_that_nothing_grows_or_calls_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in part_environment(Layout(tmp_path), UpSettings()).items():
+        monkeypatch.setenv(name, value)
+    server = Settings().server
+    assert server.services.db_vacuum.enabled_vacuum_types >= {"events", "flow_runs"}
+    assert server.services.db_vacuum.retention_period.days == 90
+    assert server.concurrency.lease_storage.endswith(".filesystem")
+    assert not server.analytics_enabled
 
 
 def test_a_full_disk_ends_a_run_with_what_to_do_and_a_mistake_of_ours_with_its_traceback() -> None:
