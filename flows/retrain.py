@@ -17,7 +17,7 @@ from prefect.tasks import Task
 
 from flows import promotion, publication, reports, run_metrics
 from flows.lease import Lease, take_lease
-from flows.validation_artifacts import publish_validation
+from flows.run_artifacts import publish_evaluation, publish_validation
 from flows.workspace import TEMPORARY_FAILURE, StageError, StageRun, exclusive, find_workspace, reproduce, track_raw
 from tasks.layout import Layout
 
@@ -128,6 +128,7 @@ def retrain(
         published = publish_champion(layout) if publish and verdict.champion else None
     retrained = Retrained(tuple(state.result() for state in states), verdict, published)
     reports.publish(layout, retrained.stages, verdict)
+    publish_evaluation(layout)
     return retrained
 
 

@@ -53,6 +53,9 @@ def test_the_prefect_run_shows_what_was_left_out_what_the_gate_said_and_links_th
         assert image.width > 100
     assert "validation/docs/index.html" in artifacts["data-docs"]
     assert "num_quarantined" in artifacts["data-validation"]
+    assert {"model-confusion", "model-reliability"} <= artifacts.keys()
+    assert "evaluation/index.html" in artifacts["model-evaluation"]
+    assert "gate/index.html" in artifacts["model-decision"]
     decisions = [json.loads(data).strip("`").removeprefix("json") for key, data in rows if key == "retrain-decision"]
     assert first_retrain["decision"] in map(json.loads, decisions)
 

@@ -1,8 +1,10 @@
-"""What validate_data found, as artifacts of a Prefect run: the numbers, the way to Data Docs, and the pictures."""
+"""What validate_data and evaluate found, as artifacts of a Prefect run: numbers, pictures, and the way to the pages."""
 
 import base64
+import csv
 import io
 import json
+from pathlib import Path
 
 from PIL import Image
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
@@ -26,8 +28,23 @@ def publish_validation(layout: Layout) -> None:
         facts = json.loads(layout.report("validate_data").read_text(encoding="utf-8"))
         table = [{"what": what, "value": json.dumps(value, ensure_ascii=False)} for what, value in facts.items()]
         create_table_artifact(table, key="data-validation", description="What is trained on, and what was left out")
-    for sheet in sorted(layout.validation_dir.glob("*.png")):
-        key = f"data-{sheet.stem.lower().replace('_', '-')}"
+    _publish_pictures(layout.validation_dir, "data")
+
+
+def publish_evaluation(layout: Layout) -> None:
+    """Puts the learning curve, the pictures of the evaluation and the way to its page and the gate's into the run."""
+    if layout.epochs.is_file():
+        with layout.epochs.open(encoding="utf-8", newline="") as file:
+            create_table_artifact(list(csv.DictReader(file)), key="model-epochs", description="The learning curve")
+    _publish_pictures(layout.evaluation_dir, "model")
+    for page, name in ((layout.evaluation_page, "Evaluation"), (layout.decision_page, "Decision")):
+        if page.is_file():
+            create_link_artifact(page.as_uri(), name, key=f"model-{name.lower()}", description=f"{name}, as a page")
+
+
+def _publish_pictures(folder: Path, room: str) -> None:
+    for sheet in sorted(folder.glob("*.png")):
+        key = f"{room}-{sheet.stem.lower().replace('_', '-')}"
         create_image_artifact(_inline(sheet.read_bytes()), key=key, description=sheet.stem.replace("_", " "))
 
 
