@@ -68,7 +68,7 @@ PHOTO_SIZE = (500, 375)
 SETS = ("trashnet6_dev", "grocery8")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "size_px": 224, "crop_fraction": 0.875}
 EPOCHS = 10
-BATCHES = (1, 2, 8, 32)
+BATCHES = (1, 2, 4, 8, 32)
 WHOSE = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 SPLITS: tuple[Split, ...] = ("train", "train", "train", "val", "test")
 

@@ -71,10 +71,7 @@ FACTS_NAME = "finetuned.json"
 CHECKPOINT_NAME = "finetune.safetensors"
 BYTES_PER_GB = 1_000_000_000
 CPU_TFLOP, GPU_TFLOP = 50.0, 5_000.0  # of a stage: minutes on two cores, and on a GPU of today
-ADVERSARIAL_TFLOP, ADVERSARIAL_RATE = (
-    4.0,
-    5.0,
-)  # of the adversarial stage over those of the others: attacks are passes, too
+ADVERSARIAL_TIMES = 4.0  # so much more for the adversarial stage: attacks are passes, too
 SCRATCH_VIEWS = 16  # nothing is kept of them, and random weights need more variety
 EPOCH_COLUMNS = ("number", "stage", "epoch", "step", "train_loss", "val_nll", "val_accuracy")
 
@@ -349,7 +346,7 @@ def _adversarial_settings(finetune: FinetuneParams, device: DeviceName) -> Adver
     values = finetune.adversarial.model_dump()
     values["epsilon"] /= 255
     if values["max_tflop"] == "auto":
-        values["max_tflop"] = ADVERSARIAL_TFLOP * _affordable_tflop(device)
+        values["max_tflop"] = ADVERSARIAL_TIMES * _affordable_tflop(device)
     return AdversarialSettings(**values)
 
 

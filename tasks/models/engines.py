@@ -33,8 +33,8 @@ FLOAT32_TOLERANCE = 5e-3
 HALF_TOLERANCE = 2e-2
 """The same of a trunk that computes in 16 bits, which is 3e-3 (resnet18) to 8e-2 (mobilenet_v2) from float32."""
 CPU_BATCH_PX = 4 * 224 * 224
-"""More at once leaves the caches between layers, fewer pay a call for too little. At 224 px eight pictures take 1.03 to
-1.07 times the processor time an image of four (mobilenets, squeezenet1_1, efficientnet_b0, resnet50; resnet18
+"""More at once leaves the caches between layers, fewer pay a call for too little. At 224 px eight pictures take 1.02 to
+1.11 times the processor time an image of four (mobilenets, squeezenet1_1, efficientnet_b0, resnet50; resnet18
 0.98; onnxruntime, two cores)."""
 GPU_BATCH_SIZE = 128
 

@@ -18,7 +18,7 @@ NAMED_PAIRS = tuple((f"conv{number}", f"bn{number}") for number in (1, 2, 3))
 MODULES_OF_NAMED_PAIRS = (resnet.ResNet, resnet.BasicBlock, resnet.Bottleneck)
 
 
-class FoldedConv2d(nn.Conv2d):
+class FoldedConv2d(nn.Module):
     """A convolution that does its norm's work as well.
 
     Args:
@@ -27,11 +27,11 @@ class FoldedConv2d(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d, norm: "PassedNorm") -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         self._inside = (conv, norm)  # in a tuple they are no submodules: names stay as they were
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Conv2d)
+    def forward(self, maps: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', H', W')."""
         conv, norm = self._inside
         mean, variance = norm.running_mean, norm.running_var
@@ -39,8 +39,8 @@ class FoldedConv2d(nn.Conv2d):
         assert variance is not None
         factor = norm.weight * torch.rsqrt(variance + norm.eps)  # (C',)
         start = mean if self.bias is None else mean - self.bias
-        maps: Tensor = conv._conv_forward(input, self.weight * factor.view(-1, 1, 1, 1), norm.bias - start * factor)
-        return maps
+        out: Tensor = conv._conv_forward(maps, self.weight * factor.view(-1, 1, 1, 1), norm.bias - start * factor)
+        return out
 
 
 class PassedNorm(nn.BatchNorm2d):

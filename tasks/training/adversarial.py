@@ -2,8 +2,8 @@
 
 It starts from what the stages before it left and trains on each picture as it is and as an attack disturbs it, with a
 learning rate that starts slowly and decays fast, and within an epsilon that grows to its full size while the rate does.
-The attack works on what the network sees, in [0, 1]; the
-normalisation is inside the model. BatchNorm stays frozen, so that attack and step see one and the same function.
+The attack works on what the network sees, in [0, 1]; the normalisation is inside the model. BatchNorm stays frozen, so
+that attack and step see one and the same function.
 
 The cheap attack, FGSM from a random start, can be overfitted to: the network withstands its single step and nothing
 else (catastrophic overfitting). After each epoch FGSM and PGD are therefore run on a few training pictures; if the
@@ -393,9 +393,8 @@ class _Adversarial:
                 progress = replace(progress, guarded=guarded["pgd"])
             is_whole = self._grown(tuner.pace, tuner.step - 1) == 1
             with _holding(tuner.tensors, tuner.ema.average):
-                measured = self._measured() if is_whole else self._measured(only=("clean",))
-            rank = self._rank(before, measured) if is_whole else (0.0, -1.0)
-            if rank > tuple(progress.best_rank):
+                measured = self._measured(attacked=is_whole)
+            if is_whole and (rank := self._rank(before, measured)) > tuple(progress.best_rank):
                 progress, best = replace(progress, best_epoch=epoch + 1, best_rank=rank), copied(tuner.ema.average)
             length, seconds = tuner.pace.length, time.perf_counter() - began
             logger.info(
@@ -469,11 +468,12 @@ class _Adversarial:
         """Share of epsilon that the attack of a step has."""
         return slow_growth(step, steps=pace.length.steps, warmup_fraction=pace.warmup_fraction)
 
-    def _measured(self, only: Sequence[str] = ()) -> Rights:
-        """Which validation pictures the model has right, by attack: under all of them, or only some."""
+    def _measured(self, *, attacked: bool = True) -> Rights:
+        """Which validation pictures the model has right, by attack, or only as they are (``clean``)."""
         attacks = robustness_attacks(self.model, self.adversarial.epsilon)
-        chosen = {name: attack for name, attack in attacks.items() if not only or name in only}
-        return self._answered(self.val, self.adversarial.val_images, chosen)
+        return self._answered(
+            self.val, self.adversarial.val_images, attacks if attacked else {"clean": attacks["clean"]}
+        )
 
     def _guarded(self) -> dict[str, float]:
         """Accuracy of the weights as they are now, not averaged, on a few training pictures under FGSM and PGD."""
