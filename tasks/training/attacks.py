@@ -47,8 +47,9 @@ def pgd(
 ) -> Tensor:
     """Projected gradient descent: many small steps, each time from another random place in the ball.
 
-    Of the pictures themselves and where each start led to, it returns what the model misjudges most, by the margin of
-    the best wrong class over the right one: it is never weaker than no attack, nor for one more restart.
+    A picture that the model misjudges is left alone from then on, so that of a model that withstands little most of
+    the work is saved, and what counts is whether any step misled it, not where the last one led: never weaker than no
+    attack, nor for one more restart.
 
     Args:
         model: The model.
@@ -58,26 +59,33 @@ def pgd(
         num_steps: Of ``2.5 * epsilon / num_steps`` each.
         restarts: Random starts.
         rng: Of the starts.
+
+    Returns:
+        The first picture found that is misjudged, or the last one of those that never were.
     """
+    found = images.clone()
     with torch.no_grad():
-        worst, worst_margins = images, _margins(model(images), labels)
+        left = torch.nonzero(_margins(model(images), labels) <= 0)[:, 0]
     for _ in range(restarts):
-        found = climb(model, images, labels, epsilon=epsilon, num_steps=num_steps, rng=rng)
-        with torch.no_grad():
-            margins = _margins(model(found), labels)
-        worst = torch.where((margins > worst_margins)[:, None, None, None], found, worst)
-        worst_margins = torch.maximum(margins, worst_margins)
-    return worst
+        moving = uniform_noise(images, epsilon=epsilon, rng=rng)[left]
+        for _ in range(num_steps + 1):
+            if len(left) == 0:
+                return found
+            margins, signs = _margins_and_ascent(model, moving, labels[left])
+            found[left] = moving
+            right = margins <= 0
+            left = left[right]
+            moving = _stepped(moving[right], signs[right], images[left], epsilon, num_steps)
+    return found
 
 
 def climb(
     model: Model, images: Tensor, labels: Tensor, *, epsilon: float, num_steps: int, rng: np.random.Generator
 ) -> Tensor:
-    """Where the steps of `pgd` lead from one random start, worse or not: to train against, two passes cheaper."""
+    """Where so many steps of `pgd` lead from one random start, each of them, misjudged or not: to train against."""
     found = uniform_noise(images, epsilon=epsilon, rng=rng)
     for _ in range(num_steps):
-        step = PGD_REACH * epsilon / num_steps * _ascent(model, found, labels)
-        found = within(found + step, images, epsilon)
+        found = _stepped(found, _ascent(model, found, labels), images, epsilon, num_steps)
     return found
 
 
@@ -92,14 +100,25 @@ def within(found: Tensor, images: Tensor, epsilon: float) -> Tensor:
     return torch.clamp(found, images - epsilon, images + epsilon).clamp(0, 1)
 
 
+def _stepped(found: Tensor, signs: Tensor, images: Tensor, epsilon: float, num_steps: int) -> Tensor:
+    """One of so many steps of PGD."""
+    return within(found + PGD_REACH * epsilon / num_steps * signs, images, epsilon)
+
+
 def _ascent(model: Model, images: Tensor, labels: Tensor) -> Tensor:
-    """Signs of the gradient of the margin by the pictures (B, 3, S, S).
+    """Signs of the gradient of the margin by the pictures (B, 3, S, S)."""
+    return _margins_and_ascent(model, images, labels)[1]
+
+
+def _margins_and_ascent(model: Model, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Margins (B,) and the signs of their gradient by the pictures (B, 3, S, S).
 
     Of the margin, not of the cross-entropy: where float32 rounds a probability to 1, the right class drops out of that
     one's gradient, and a confident model, such as one with a temperature below 1, would seem robust.
     """
     moving = images.detach().requires_grad_()
-    return torch.autograd.grad(_margins(model(moving), labels).sum(), moving)[0].sign()
+    margins = _margins(model(moving), labels)
+    return margins.detach(), torch.autograd.grad(margins.sum(), moving)[0].sign()
 
 
 def _margins(logits: Tensor, labels: Tensor) -> Tensor:

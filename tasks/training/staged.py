@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from tasks.models.architectures import Network
 from tasks.models.head import Head
@@ -576,11 +576,23 @@ def batched(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
 def flop_per_image(network: Network, group: int, head: StandardisedHead, source: BoundarySource) -> float:
     """Floating-point operations of a training picture, forward and backward; with the frozen part if it runs again."""
     trainable_tensors(network, group, head)
-    with FlopCounterMode(display=False) as counter:
+    gradients = torch.ops.aten.convolution_backward
+    with FlopCounterMode(display=False, custom_mapping={gradients: _conv_gradients_flop}) as counter:
         boundary = next(iter(source.batches([[(0, 0)]])))
         loss_of_class_0(head(network.forward_from(boundary, group))).backward()  # type: ignore[no-untyped-call]
     forget_gradients(network, head)
     return float(counter.get_total_flops())
+
+
+def _conv_gradients_flop(
+    out: Sequence[int], maps: Sequence[int], weight: Sequence[int], *geometry: Any, **_: Any
+) -> int:
+    """Operations of a convolution's gradients by its maps and its weight, each as many as of the convolution itself.
+
+    torch's own formula knows no groups: the gradient by a depthwise weight counts once more for each of its channels.
+    """
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = geometry
+    return int(sum(wanted[:2])) * int(conv_flop_count([*maps], [*weight], [*out], transposed))
 
 
 def loss_of_class_0(logits: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from deploy.runtime import open_session
 from flows.shards import bring_into
@@ -50,7 +51,7 @@ from tasks.training.schedule import (
     warmup_cosine,
 )
 from tasks.training.selection import best_temperature, compare, judge, negative_log_likelihood
-from tasks.training.staged import EpochRecord, deterministic_torch, embeddings_of, fine_tune
+from tasks.training.staged import EpochRecord, deterministic_torch, embeddings_of, fine_tune, flop_per_image
 from tasks.training.tuner import (
     Pace,
     StageTuner,
@@ -532,6 +533,22 @@ def test_a_stage_that_costs_too_much_is_cut_short_or_left_out(layout: Layout, re
     report = run(layout, repository, max_tflop=1e-6)
     assert report.stages[0].reason == "not tried: finetune.max_tflop affords 0 steps; 20 is the least"
     assert report.stages[0].steps == 0
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "regnet_y_400mf", "resnet18"])
+def test_a_step_of_all_layers_costs_three_times_the_forward_pass(architecture: str) -> None:
+    """In groups and depthwise, too, where torch's own count of a gradient was up to forty times that."""
+    network = build_network(architecture, depths=1)
+    head = blank_head(network)
+    pixels = torch.randn(1, 3, 64, 64)
+
+    class OnePicture:
+        def batches(self, batches: Sequence[Any]) -> Any:  # noqa: ARG002
+            yield network.forward_until(pixels, 0)
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(pixels)
+    assert 2.5 < flop_per_image(network, 0, head, OnePicture()) / counter.get_total_flops() < 3.1
 
 
 def test_what_is_frozen_is_not_kept_for_more_views_than_the_limit_of_work_lets_training_see(
