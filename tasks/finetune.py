@@ -48,6 +48,7 @@ from tasks.training.schedule import (
     AdversarialSettings,
     ScratchSettings,
     TuningSettings,
+    hardening_rate,
     recipe_for,
 )
 from tasks.training.selection import accuracy, best_temperature, negative_log_likelihood
@@ -211,7 +212,7 @@ def _tuned(
             tuned = fine_tune(network, head, stages=plain, **work)
         if ADVERSARIAL in finetune.stages:
             work |= {"mean": card.mean, "std": card.std}
-            adversarial = _adversarial_settings(finetune, compute.device)
+            adversarial = _adversarial_settings(card, finetune, compute.device)
             tuned = harden(network, tuned, adversarial=adversarial, **work)
     report, head = _concluded(report, tuned, val_pixels.labels)
     head = dataclasses.replace(head, bias=head.bias + shift)
@@ -341,10 +342,12 @@ def _affordable_tflop(device: DeviceName) -> float:
     return CPU_TFLOP if device == "cpu" else GPU_TFLOP
 
 
-def _adversarial_settings(finetune: FinetuneParams, device: DeviceName) -> AdversarialSettings:
+def _adversarial_settings(card: BackboneCard, finetune: FinetuneParams, device: DeviceName) -> AdversarialSettings:
     """The parameters, with epsilon as a share of the range of a value."""
     values = finetune.adversarial.model_dump()
     values["epsilon"] /= 255
+    if values["learning_rate"] == "auto":
+        values["learning_rate"] = hardening_rate(card.architecture)
     if values["max_tflop"] == "auto":
         values["max_tflop"] = ADVERSARIAL_TIMES * _affordable_tflop(device)
     return AdversarialSettings(**values)

@@ -124,7 +124,7 @@ class AdversarialParams(Section):
     epsilon: Annotated[float, Field(gt=0, le=255)]
     epochs: Positive
     max_tflop: Annotated[float, Field(gt=0)] | Auto
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0)] | Auto
     pgd_steps: Positive
     clean_weight: Fraction
     max_clean_loss: Fraction

@@ -437,7 +437,7 @@ def test_a_loss_that_is_no_number_stops_the_stage_and_the_best_epoch_so_far_is_j
         mean=card.mean,
         std=card.std,
         settings=settings,
-        adversarial=finetune._adversarial_settings(brisk, "cpu"),
+        adversarial=finetune._adversarial_settings(card, brisk, "cpu"),
         checkpoints=CheckpointFile(layout.checkpoints_dir / "c.safetensors", "digest"),
         on_epoch=spoil,
     )
