@@ -88,8 +88,8 @@ def settings_of(weights: Path, architecture: str, seed: int, arguments: argparse
     """params.yaml with what photos want."""
     params = load_params(Path("params.yaml"))
     adversarial = params.finetune.adversarial.model_copy(update={"val_images": arguments.attacked})
-    given = {"epochs": arguments.adversarial_epochs, "max_clean_loss": arguments.max_clean_loss}
-    adversarial = adversarial.model_copy(update={name: value for name, value in given.items() if value is not None})
+    if arguments.adversarial_epochs:
+        adversarial = adversarial.model_copy(update={"epochs": arguments.adversarial_epochs})
     scratch = params.finetune.scratch.model_copy(update={"seconds": arguments.scratch_seconds})
     changes: Facts = {
         "seed": seed,
@@ -330,7 +330,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=math.inf, help="after these nothing new is begun")
     parser.add_argument("--adversarial-epochs", type=int, help="default: as in params.yaml")
-    parser.add_argument("--max-clean-loss", type=float, help="of the same stage; default: as in params.yaml")
     parser.add_argument("--scratch-seconds", type=float, default=180.0, help="what full takes on two cores")
     parser.add_argument("--attacked", type=int, default=128, help="images that are attacked")
     parser.add_argument("--workspace", type=Path, help="keeps features from run to run; default: a temporary folder")

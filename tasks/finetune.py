@@ -48,7 +48,6 @@ from tasks.training.schedule import (
     AdversarialSettings,
     ScratchSettings,
     TuningSettings,
-    hardening_rate,
     recipe_for,
 )
 from tasks.training.selection import accuracy, best_temperature, negative_log_likelihood
@@ -343,11 +342,11 @@ def _affordable_tflop(device: DeviceName) -> float:
 
 
 def _adversarial_settings(card: BackboneCard, finetune: FinetuneParams, device: DeviceName) -> AdversarialSettings:
-    """The parameters, with epsilon as a share of the range of a value."""
+    """The parameters, with what is ``auto`` filled in, and epsilon as a share of the range of a value."""
     values = finetune.adversarial.model_dump()
     values["epsilon"] /= 255
     if values["learning_rate"] == "auto":
-        values["learning_rate"] = hardening_rate(card.architecture)
+        values["learning_rate"] = recipe_for(card.architecture).hardening_rate
     if values["max_tflop"] == "auto":
         values["max_tflop"] = ADVERSARIAL_TIMES * _affordable_tflop(device)
     return AdversarialSettings(**values)

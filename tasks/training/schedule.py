@@ -40,22 +40,26 @@ class Recipe:
         optimiser: AdamW, or SGD with Nesterov momentum 0.9.
         learning_rate: Of the head in the top stage, at batch size 64.
         weight_decay_scale: What params.yaml's ``weight_decay``, meant for AdamW, is multiplied by.
+        hardening_rate: Of AdamW in the adversarial stage, at the top, at batch size 32.
     """
 
     optimiser: Literal["adamw", "sgd"]
     learning_rate: float
     weight_decay_scale: float
+    hardening_rate: float = 3e-4
 
 
 ADAMW_CNN = Recipe("adamw", 3e-4, 1.0)
 ADAMW_DEFAULT = Recipe("adamw", 1e-4, 1.0)
 ADAMW_TRANSFORMER = Recipe("adamw", 5e-5, 1.0)
+ADAMW_SQUEEZENET = Recipe("adamw", 1e-4, 1.0, hardening_rate=1e-3)
 SGD_RESIDUAL = Recipe("sgd", 2e-3, 0.01)
 
 RECIPES = (
     ("mobilenet", ADAMW_CNN),
     ("efficientnet", ADAMW_CNN),
     ("convnext", ADAMW_DEFAULT),
+    ("squeezenet", ADAMW_SQUEEZENET),
     ("vit", ADAMW_TRANSFORMER),
     ("swin", ADAMW_TRANSFORMER),
     ("resnet", SGD_RESIDUAL),
@@ -65,9 +69,6 @@ RECIPES = (
     ("densenet", SGD_RESIDUAL),
 )
 """(prefix of the architecture's name, recipe); the first that fits, else ADAMW_DEFAULT."""
-
-HARDENING_RATES = {"squeezenet": 1e-3}
-"""By the beginning of the architecture's name; of all others 3e-4, as mobilenet_v2 wants it (CONTRIBUTING.md)."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +158,6 @@ def recipe_for(architecture: str) -> Recipe:
         if architecture.startswith(prefix):
             return recipe
     return ADAMW_DEFAULT
-
-
-def hardening_rate(architecture: str) -> float:
-    """AdamW's learning rate in the adversarial stage, of all layers, at batch size 32."""
-    return next((rate for prefix, rate in HARDENING_RATES.items() if architecture.startswith(prefix)), 3e-4)
 
 
 @dataclass(frozen=True)
