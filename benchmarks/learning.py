@@ -328,6 +328,7 @@ def main() -> None:
     parser.add_argument("architecture", help="mobilenet_v2 or squeezenet1_1")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="for machines or cores that share the seeds")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after these nothing new is begun")
     parser.add_argument("--adversarial-epochs", type=int, help="default: as in params.yaml")
     parser.add_argument("--scratch-seconds", type=float, default=180.0, help="what full takes on two cores")
@@ -349,7 +350,7 @@ def main() -> None:
         layout = Layout(root.resolve())
         if not layout.raw.exists():
             lay_out(material / "datasets" / arguments.set, layout.raw)
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             missing = [way for way in ways if (way, seed) not in {(line["way"], line["seed"]) for line in lines}]
             params = settings_of(weights, arguments.architecture, seed, arguments)
             for number, way in enumerate(missing):

@@ -74,7 +74,7 @@ class BatchTimes:
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """The pictures of one request; only the event loop touches it, but for ``outcomes`` and the look at ``dropped``."""
+    """The pictures of one request; threads only fill in ``outcomes`` and ``began``, and look at ``dropped``."""
 
     model: LiveModel
     future: asyncio.Future[None]
@@ -83,6 +83,7 @@ class _Request:
     queued_at: float
     due: float  # when it is given up
     is_aside: bool = False
+    began: bool = False  # a thread has taken one of its pictures
     dropped: bool = False
 
 
@@ -104,6 +105,8 @@ class Batcher:
         max_waiting: Pictures that may wait or be worked on at a time; more are refused.
         max_pixels: Of an encoded picture; more is refused before it is decoded.
         on_batch: Told of each batch, on the event loop.
+        on_given_up: Told who was at work on a request whose time was over, or whose client left; not of one that only
+            waited, nor of what was asked aside.
         max_wait_s: A picture that finds others, and would wait longer by what the last ones took, is refused.
         max_batch: Pictures in a run of the network.
     """
@@ -112,6 +115,7 @@ class Batcher:
     max_waiting: int
     max_pixels: int
     on_batch: Callable[[BatchTimes], None]
+    on_given_up: Callable[[LiveModel], None] = lambda _: None
     max_wait_s: float = math.inf
     max_batch: int = MAX_BATCH
     waiting: int = 0  # pictures, those being worked on included
@@ -171,6 +175,10 @@ class Batcher:
         self._watch(request.due)
         try:
             await future
+        except (RequestError, asyncio.CancelledError):
+            if request.began and not is_aside:
+                self.on_given_up(model)
+            raise
         finally:
             self._open.discard(request)
             request.dropped = True
@@ -248,6 +256,7 @@ class Batcher:
 
     def _pixels(self, job: _Job) -> NDArray[np.float32] | None:
         """What the network sees of a picture; None where the outcome is known: it cannot be read."""
+        job.request.began = True
         picture, job.picture = job.picture, None  # its bytes are not needed any more
         try:
             image = decode_image(picture, max_pixels=self.max_pixels) if isinstance(picture, bytes) else picture

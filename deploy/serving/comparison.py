@@ -4,14 +4,15 @@ Shadowed, the champion answers and the second version is asked afterwards. As a 
 share of the requests that name no version, and the champion is asked afterwards. What is asked afterwards never reaches
 a client, waits behind every request (deploy/serving/batcher.py) and is dropped where there is no time for it.
 
-A second version on whose network too many pictures fail is stopped: it gets no more requests, and is told of.
+A second version is stopped, and told of, where its network fails on more pictures than the champion's, or is at work on
+more requests that are given up: their time was over, or their clients left. It gets no more requests then.
 """
 
 import asyncio
 import logging
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from deploy.serving.settings import Second
 PENDING_BYTES = 64_000_000  # of pictures that are still to be compared
 MAX_PAIRS = 1000  # of labels that are told apart; the rest is counted as different, without its names
 TOLD_PAIRS = 10
-RECENT = 200  # pictures of the second version whose failures are looked at
+RECENT = 200  # pictures of either version whose failures are looked at
 LEAST_FAILURES = 5  # before it may be stopped: one accident is no rate
 
 Fate = Literal["same", "other", "failed", "dropped"]
@@ -127,7 +128,7 @@ class Challenge:
         models: Hold it as ``challenger``.
         batcher: Asks.
         on_compared: Told of each picture: both versions, what became of it and the distance.
-        max_failures: Share of the second version's latest pictures on which its network may fail, in 0..1.
+        max_failures: Share of the second version's latest pictures, in 0..1, on which it may fail beyond the champion.
         on_stopped: Told of the second version when it fails on more.
     """
 
@@ -147,7 +148,8 @@ class Challenge:
         self._on_compared = on_compared
         self._max_failures = max_failures
         self._on_stopped = on_stopped
-        self._recent: deque[bool] = deque(maxlen=RECENT)  # whether each failed
+        self._champion_failed: deque[bool] = deque(maxlen=RECENT)  # a picture
+        self._challenger_failed: deque[bool] = deque(maxlen=RECENT)
         self._is_stopped = False
         self._found: dict[tuple[int, int], Comparison] = {}
         self._pending_bytes = 0
@@ -165,8 +167,7 @@ class Challenge:
         champion, challenger = self._models.champion, self._models.challenger
         if champion is None or challenger is None or champion is challenger or self._is_stopped:
             return
-        if answered is challenger:
-            self._judge(champion, challenger, outcomes)
+        self._judge(answered, _failures(outcomes))
         if self._second.answers:
             is_wanted = answered is challenger
         else:
@@ -191,22 +192,34 @@ class Challenge:
         except RequestError:  # no time for it
             self._drop(champion, challenger, len(pictures))
             return
-        if asked is challenger:
-            self._judge(champion, challenger, others)
+        self._judge(asked, _failures(others))
         ones, others = (others, list(outcomes)) if self._second.answers else (list(outcomes), others)
         comparison = self._of(champion, challenger)
         for one, other in zip(ones, others, strict=True):
             if found := comparison.add(champion, challenger, one, other):
                 self._on_compared(champion.version, challenger.version, *found)
 
-    def _judge(self, champion: LiveModel, challenger: LiveModel, outcomes: Iterable[Outcome]) -> None:
-        """Stops the second version if its network failed too often of late; a picture that is none is no failure."""
-        self._recent.extend(isinstance(each, RequestError) for each in outcomes)
-        failed = sum(self._recent)
-        if self._is_stopped or failed < LEAST_FAILURES or failed <= self._max_failures * len(self._recent):
+    def given_up(self, asked: LiveModel) -> None:
+        """Takes note of a request that one of the two was at work on when its time was over or its client left."""
+        self._judge(asked, [True])
+
+    def _judge(self, asked: LiveModel, failures: Iterable[bool]) -> None:
+        """Stops the second version if it failed too often of late."""
+        champion, challenger = self._models.champion, self._models.challenger
+        if champion is None or challenger is None or champion is challenger or self._is_stopped:
+            return
+        if asked is champion:
+            self._champion_failed.extend(failures)
+        elif asked is challenger:
+            self._challenger_failed.extend(failures)
+        failed, num = sum(self._challenger_failed), len(self._challenger_failed)
+        if failed < LEAST_FAILURES:
+            return
+        may_fail = self._max_failures + sum(self._champion_failed) / max(1, len(self._champion_failed))
+        if failed <= may_fail * num:
             return
         self._is_stopped = True
-        why = f"it failed on {failed} of its last {len(self._recent)} pictures, {self._max_failures:.0%} may"
+        why = f"it failed on {failed} of its last {num} pictures, {may_fail:.0%} may"
         self._of(champion, challenger).stopped = why
         logger.error("version %d is stopped, the champion answers alone: %s", challenger.version, why)
         self._on_stopped(challenger.version)
@@ -243,6 +256,11 @@ class Challenge:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _failures(outcomes: Iterable[Outcome]) -> Iterator[bool]:
+    """Whether the network failed on each; a picture that is none is no failure."""
+    return (isinstance(each, RequestError) for each in outcomes)
 
 
 def reports_of(processes: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -107,6 +107,7 @@ class Service:
             max_waiting=self.settings.max_waiting,
             max_pixels=self.settings.max_pixels,
             on_batch=self._count_batch,
+            on_given_up=self._given_up,
             max_wait_s=self.settings.max_wait_s,
         )
         if self.settings.second is not None:
@@ -252,6 +253,10 @@ class Service:
         done.decode_ns += int(times.decode_s * 1e9)
         done.run_ns += int(times.run_s * 1e9)
         self.metrics.batch(times)
+
+    def _given_up(self, model: LiveModel) -> None:
+        if self._challenge is not None:
+            self._challenge.given_up(model)
 
     def _champion_version(self) -> int:
         return self.models.champion.version if self.models.champion else 0

@@ -50,7 +50,8 @@ class Settings:
     canary: Annotated[str | None, "VERSION=SHARE: answers that share of the requests, and is compared"] = None
     second_failures: Annotated[
         float,
-        "share of its last 200 pictures that a shadow or canary may fail on; from the 5th failure on it is stopped",
+        "share of its last 200 pictures on which a shadow or canary may fail, or still be at work when the request is "
+        "given up, beyond the champion's own; from the 5th failure on it is stopped",
     ] = 0.05
     keep: Annotated[int, "earlier versions that stay loaded and addressable"] = 2
     watch_s: Annotated[

@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import numpy as np
 import onnx
 import pytest
@@ -22,6 +24,8 @@ from tests.deploy.serving.running import Running, add_version, eventually, make_
 from tests.deploy.tiny_bundle import LABELS, colour_image, encoded, seal, write_colour_bundle
 
 PICTURE = encoded(colour_image("blau"), "JPEG")
+WHITE = encoded(np.full((30, 40, 3), 255, np.uint8))
+TURNS = 300_000  # half a second or more
 HUGE = np.full((4000, 4000, 3), 7, np.uint8)
 
 
@@ -140,32 +144,57 @@ def test_a_canary_answers_its_share_and_is_compared(root: Path, tmp_path: Path) 
         assert {running.client.post("/predict?version=1", content=PICTURE).json()["version"] for _ in range(9)} == {"1"}
 
 
-def make_fragile(directory: Path) -> None:
-    """Lets a bundle's network fail on a white picture, and only there, and makes every digest fit."""
-    one, axis = np.array([0.0], np.float32), np.array([1])
+def wince(directory: Path, *nodes: onnx.NodeProto) -> None:
+    """Lets a bundle's network do more about a white picture, and only there, and makes every digest fit.
+
+    Args:
+        directory: The bundle's.
+        nodes: Make `more`, which is added to the probabilities, from `is_white`, an int64 of shape (1,).
+    """
     for name in ("back.onnx", "model.onnx"):
         model = onnx.load(directory / name)
         graph = model.graph
         softmax = next(node for node in graph.node if node.op_type == "Softmax")
         softmax.output[0] = "sure"
-        graph.initializer.extend(
-            [
-                onnx.numpy_helper.from_array(*each)
-                for each in ((one, "fragile_one"), (axis, "fragile_axis"), (one + 0.05, "fragile_bit"))
-            ]
-        )
-        for kind, inputs, output, more in (
-            ("ReduceMin", ["embedding", "fragile_axis"], "darkest", {"keepdims": 1}),
-            ("Add", ["darkest", "fragile_bit"], "above", {}),
-            ("Cast", ["above"], "index", {"to": onnx.TensorProto.INT64}),  # 1 only for white, where there is no row 1
-            ("Gather", ["fragile_one", "index"], "nothing", {}),
-            ("Add", ["sure", "nothing"], "probabilities", {}),
-        ):
-            graph.node.append(onnx.helper.make_node(kind, inputs, [output], **more))
+        bit = np.array([0.05], np.float32)
+        graph.initializer.append(onnx.numpy_helper.from_array(bit, "bit"))
+        graph.node.append(onnx.helper.make_node("ReduceMin", ["embedding"], ["darkest"], keepdims=0))
+        graph.node.append(onnx.helper.make_node("Add", ["darkest", "bit"], ["above"]))
+        graph.node.append(onnx.helper.make_node("Cast", ["above"], ["is_white"], to=onnx.TensorProto.INT64))
+        graph.node.extend(nodes)
+        graph.node.append(onnx.helper.make_node("Add", ["sure", "more"], ["probabilities"]))
         (directory / name).chmod(0o644)
         onnx.save(model, directory / name)
     (directory / "bundle.json").chmod(0o644)
     seal(directory)
+
+
+def make_fragile(directory: Path) -> None:
+    """Lets it fail: there is no second row."""
+    row = onnx.helper.make_node("Constant", [], ["row"], value_floats=[0.0])
+    wince(directory, row, onnx.helper.make_node("Gather", ["row", "is_white"], ["more"]))
+
+
+def make_slow(directory: Path, *, turns: int) -> None:
+    """Lets it go round in a loop."""
+    value = onnx.helper.make_tensor_value_info
+    kinds = onnx.TensorProto
+    body = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Identity", ["go_on"], ["goes_on"]),
+            onnx.helper.make_node("Neg", ["nothing"], ["still_nothing"]),
+        ],
+        "turn",
+        [value("turn", kinds.INT64, []), value("go_on", kinds.BOOL, []), value("nothing", kinds.FLOAT, [1])],
+        [value("goes_on", kinds.BOOL, []), value("still_nothing", kinds.FLOAT, [1])],
+    )
+    wince(
+        directory,
+        onnx.helper.make_node("Constant", [], ["turns"], value_int=turns),
+        onnx.helper.make_node("Constant", [], ["zero"], value_floats=[0.0]),
+        onnx.helper.make_node("Mul", ["turns", "is_white"], ["how_often"]),
+        onnx.helper.make_node("Loop", ["how_often", "", "zero"], ["more"], body=body),
+    )
 
 
 @pytest.mark.parametrize(("option", "status"), [("--canary", 500), ("--shadow", 200)])
@@ -174,23 +203,61 @@ def test_a_second_version_that_fails_too_often_is_stopped(tmp_path: Path, option
     fragile = write_colour_bundle(tmp_path / "fragile", sharpness=4.0)
     make_fragile(fragile.directory)
     Registry(tmp_path / "registry").register(fragile.directory, {})
-    white = encoded(np.full((30, 40, 3), 255, np.uint8))
     with serving(tmp_path / "registry", tmp_path, option, "2=1", "--second-failures", "0.3") as running:
         for _ in range(10):
             assert running.client.post("/predict", content=PICTURE).status_code == 200
         eventually(lambda: running.metric("tanuki_compared_total") == 10)
         told = []
         for number in range(6):
-            told.append(running.client.post("/predict", content=white).status_code)
+            told.append(running.client.post("/predict", content=WHITE).status_code)
             if number < 5:  # 5 of 15 are more than .3, 4 of 14 are not
                 eventually(lambda number=number: running.metric("tanuki_compared_total") == 11 + number)
         assert told == [status] * 5 + [200]
         assert running.metric('tanuki_second_stopped_total{version="2"}') == 1
-        assert running.client.post("/predict", content=white).json()["version"] == "1"
+        assert running.client.post("/predict", content=WHITE).json()["version"] == "1"
         (report,) = running.client.get("/model").json()["comparisons"]
         assert report["stopped"] == "it failed on 5 of its last 15 pictures, 30% may"
         assert any("version 2 is stopped" in line["message"] for line in running.lines())
         assert running.metric("tanuki_compared_total") == 15
+
+
+@pytest.mark.parametrize("who_waits", ["the server", "the client"])
+def test_a_canary_that_is_too_slow_is_stopped(tmp_path: Path, who_waits: str) -> None:
+    add_version(tmp_path / "registry", tmp_path)
+    slow = write_colour_bundle(tmp_path / "slow", sharpness=4.0)
+    make_slow(slow.directory, turns=TURNS)
+    Registry(tmp_path / "registry").register(slow.directory, {})
+    limit = {"the server": 0.1, "the client": 30}[who_waits]
+    with serving(tmp_path / "registry", tmp_path, "--canary", "2=1", f"--timeout-s={limit}") as running:
+        assert running.client.post("/predict", content=PICTURE).json()["version"] == "2"
+
+        def is_stopped() -> bool:
+            with suppress(httpx.ReadTimeout):
+                told = running.client.post("/predict", content=WHITE, timeout=10 if who_waits == "the server" else 0.1)
+                assert told.status_code == 504 or told.json()["version"] == "1"
+            return running.metric('tanuki_second_stopped_total{version="2"}') == 1
+
+        eventually(is_stopped)
+        (report,) = running.client.get("/model").json()["comparisons"]
+        assert report["stopped"].startswith("it failed on 5 of its last ")
+        eventually(lambda: running.metric("tanuki_waiting_pictures") == 0)  # of those that nobody waits for any more
+        assert running.client.post("/predict", content=WHITE, timeout=10).json()["version"] == "1"
+
+
+def test_a_canary_may_be_as_slow_as_the_champion(tmp_path: Path) -> None:
+    for version, sharpness in enumerate((8.0, 4.0), start=1):
+        slow = write_colour_bundle(tmp_path / str(version), sharpness=sharpness)
+        make_slow(slow.directory, turns=TURNS)
+        Registry(tmp_path / "registry").register(slow.directory, {})
+    make_champion(tmp_path / "registry", 1)
+    with serving(tmp_path / "registry", tmp_path, "--canary", "2=1", "--timeout-s=0.1") as running:
+        for version in (1, 2):
+            given_up = 0
+            while given_up < 6:  # at work on it, because nothing else waited
+                eventually(lambda: running.metric("tanuki_waiting_pictures") == 0)
+                given_up += running.client.post(f"/predict?version={version}", content=WHITE).status_code == 504
+        assert running.metric("tanuki_second_stopped_total") == 0
+        assert running.client.post("/predict", content=PICTURE).json()["version"] == "2"
 
 
 def test_a_second_version_that_is_not_there_is_told(root: Path, tmp_path: Path) -> None:
