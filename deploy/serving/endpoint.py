@@ -98,7 +98,7 @@ class Call:
         """
         limit = self.service.settings.max_body_bytes
         length = self.headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > limit:
+        if length.isdigit() and int(length.lstrip(b"0") or b"0") > limit:  # as many noughts as a header holds
             raise _too_large(limit)
         deadline = self.exchange.deadline
         deadline.set(self.service.settings.body_timeout_s, self._ender(self._too_slow))

@@ -207,6 +207,8 @@ def test_a_slow_or_broken_client_is_let_go(running: Running) -> None:
     assert talk(running.port, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
     wrong = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: minus\r\n\r\n"
     assert talk(running.port, wrong).startswith(b"HTTP/1.1 400")
+    noughts = wrong.replace(b"minus", b"0" * 5000 + b"3") + b"abc"  # more digits than Python makes a number of
+    assert talk(running.port, noughts).startswith(b"HTTP/1.1 400")
     many = b"".join(b"X-%d: y\r\n" % number for number in range(10_000))
     assert talk(running.port, b"GET /v2 HTTP/1.1\r\n" + many + b"Connection: close\r\n\r\n")[9:12] in (b"200", b"400")
     chunked = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
