@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.routing import BaseRoute, Route
 
@@ -124,7 +124,7 @@ def _files(body: bytes, boundary: bytes, limit: int) -> list[tuple[str, bytes]]:
         )
         parser.write(body)
         parser.finalize()
-    except MultipartParseError as error:
+    except FormParserError as error:
         raise RequestError(BAD_REQUEST, f"the form cannot be read: {error}") from error
     return [(_name(headers, number), bytes(data)) for number, (headers, data) in enumerate(parts, start=1)]
 

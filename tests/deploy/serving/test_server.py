@@ -148,6 +148,7 @@ def packed(how: str) -> dict[str, str]:
         ),
         ("/predict", {"content": b"--x\r\nbroken", "headers": form()}, 400, "form"),
         ("/predict", {"content": b"broken", "headers": form("; boundary=x")}, 400, ""),
+        ("/predict", {"content": b"--x", "headers": form(f"; boundary={'x' * 257}")}, 400, "form"),
         ("/predict", {"content": bytes(4_000_001)}, 413, "larger than 4000000 bytes"),
         ("/predict", {"content": zlib.compress(bytes(9_000_000)), "headers": packed("deflate")}, 413, "larger"),
         ("/predict", {"content": gzip.compress(BLUE)[:-9], "headers": packed("gzip")}, 400, "ends too early"),
