@@ -131,7 +131,7 @@ def _understood(text: bytes, *, model: str, max_pictures: int) -> _Asked:
     inputs = _list(said, "inputs")
     if inputs is None:
         raise bad("Unable to parse 'inputs': attempt to access non-existing object member 'inputs'")
-    check_one_input([str(each.get("name")) for each in inputs], model=model, request_id=request_id)
+    check_one_input([_name(each) for each in inputs], model=model, request_id=request_id)
     (entry,) = inputs
     name, datatype, shape = _text(entry, "name"), _text(entry, "datatype"), _shape(entry)
     tensor = check_input(name, datatype, shape, model=model, request_id=request_id, max_n=max_pictures)
@@ -224,6 +224,12 @@ def _text(said: dict[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise bad(f"Unable to parse '{key}': attempt to access JSON non-string as string")
     return value
+
+
+def _name(said: dict[str, Any]) -> str:
+    """To be told; lists may be nested too deeply for text of them."""
+    name = said.get("name")
+    return name if isinstance(name, str) else "<invalid>"
 
 
 def _shape(said: dict[str, Any]) -> list[int]:

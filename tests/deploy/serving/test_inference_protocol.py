@@ -285,6 +285,19 @@ def test_no_json_is_too_much_for_it(said: Any) -> None:
     parse(json.dumps({"inputs": [said], "outputs": [said]}).encode(), None)
 
 
+def test_no_nesting_is_too_much_for_it() -> None:
+    nested = b"[" * 1000 + b"]" * 1000
+    for place in (
+        b'"inputs": %s',
+        b'"inputs": [{"name": %s}]',
+        b'"id": %s',
+        b'"inputs": [{"name": "images", "shape": %s}]',
+    ):
+        parse(b"{" + place % nested + b"}", None)
+    data = b'"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": %s}]'
+    parse(b"{" + data % nested + b"}", None)
+
+
 @settings(max_examples=250, deadline=None)
 @given(data=st.data())
 def test_no_bytes_are_too_much_for_it(data: st.DataObject) -> None:
