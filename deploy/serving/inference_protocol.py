@@ -14,6 +14,7 @@ References:
 
 import base64
 import binascii
+import itertools
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -220,7 +221,7 @@ def pictures_of_json(tensor: InputTensor, data: Any) -> list[Picture]:
             raise bad("Unable to parse 'data': Shape does not match true shape of 'data' field")
         return [_from_base64(text) for text in texts]
     try:
-        flat = np.frombuffer(bytes(data), np.uint8) if data and isinstance(data[0], int) else _from_nested(data)
+        flat = np.frombuffer(bytes(_flat(data)), np.uint8)
     except (TypeError, ValueError, OverflowError) as error:
         raise bad(
             "Unable to parse 'data': UINT8 wants whole numbers of 0 to 255, nested evenly or not at all"
@@ -389,12 +390,13 @@ def _from_base64(text: Any) -> bytes:
         raise bad(f"Unable to parse 'data': '{ENCODED}' wants pictures in base64") from error
 
 
-def _from_nested(data: list[Any]) -> NDArray[np.uint8]:
-    """uint8 of nested lists; raises ValueError for anything but whole numbers of 0 to 255."""
-    values = np.array(data)
-    if values.size and (values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255):
-        raise ValueError
-    return values.astype(np.uint8)
+def _flat(data: list[Any]) -> list[Any]:
+    """What is in nested lists; raises ValueError where they are uneven. NumPy would first make room for any text."""
+    while data and isinstance(data[0], list):
+        if len({len(each) for each in data}) > 1:
+            raise ValueError
+        data = list(itertools.chain.from_iterable(data))
+    return data
 
 
 def _classes(values: NDArray[np.float32], wanted: WantedOutput, model: LiveModel) -> NDArray[Any]:

@@ -238,6 +238,8 @@ def test_a_picture_that_cannot_be_read_is_named(running: Running) -> None:
         (asked(tensor((1, 1, 1, 3), data=[1, 2, 2.5])), "whole numbers"),
         (asked(tensor((1, 1, 1, 3), data=[[[[1, 2], [3]]]])), "whole numbers"),
         (asked(tensor((1, 1, 1, 3), data=[1, -2, 3])), "whole numbers"),
+        (asked(tensor((1, 1, 1, 3), data=[[1, 2, 3], "abc"])), "whole numbers"),
+        (asked(tensor((1, 1, 1, 3), data=[["a" * 400_000], *[["b"]] * 60_000])), "whole numbers"),
         (asked(tensor((1, 0, 1, 3), data=[])), "unexpected shape"),
         (asked(tensor((2**62, 2**62, 1, 3), data=[1])), "batch-size must be <= 8"),
         (asked(tensor((1, 2**62, 1, 3), data=[1])), "Shape does not match"),
