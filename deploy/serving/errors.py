@@ -4,6 +4,7 @@ from deploy.errors import TanukiError
 
 BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, TOO_SLOW, TOO_LARGE = 400, 401, 404, 408, 413
 TOO_MANY, UNAVAILABLE, DEADLINE = 429, 503, 504
+MAX_ECHO = 100  # characters of a client's words that a message repeats
 
 
 class ServingError(TanukiError):
@@ -24,3 +25,8 @@ class RequestError(Exception):
         self.status = status
         self.message = message
         self.retry_after_s = retry_after_s
+
+
+def echo(text: str) -> str:
+    """A client's word, cut to what a message can hold."""
+    return text if len(text) <= MAX_ECHO else text[:MAX_ECHO] + "..."

@@ -21,6 +21,7 @@ from deploy.serving.errors import (
     UNAVAILABLE,
     RequestError,
     ServingError,
+    echo,
 )
 from deploy.serving.grpc_messages import HEALTH, INFERENCE, message_classes
 from deploy.serving.inference_protocol import (
@@ -145,7 +146,7 @@ class InferenceService:
         return self.types["RepositoryModelLoadResponse"]()
 
     async def repository_model_unload(self, request: Any, call: Call) -> Any:  # noqa: ARG002
-        raise bad(f"failed to unload '{request.model_name}': promote or roll back in the registry instead")
+        raise bad(f"failed to unload '{echo(request.model_name)}': promote or roll back in the registry instead")
 
     async def model_infer(self, request: Any, call: Call) -> Any:
         models = self.service.models

@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 
 from deploy.serving.batcher import Picture
-from deploy.serving.errors import TOO_LARGE, RequestError
+from deploy.serving.errors import TOO_LARGE, RequestError, echo
 from deploy.serving.inference_protocol import (
     InferRequest,
     InputTensor,
@@ -23,7 +23,6 @@ from deploy.serving.inference_protocol import (
     check_input,
     check_one_input,
     check_output,
-    echo,
     pictures_of_json,
     pictures_of_raw,
     refuse_shared_memory,

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from deploy.errors import ImageError
 from deploy.serving.batcher import Answer, Outcome, Picture
-from deploy.serving.errors import BAD_REQUEST, RequestError
+from deploy.serving.errors import BAD_REQUEST, RequestError, echo
 from deploy.serving.live_model import LiveModel
 
 IMAGES, ENCODED = "images", "encoded"
@@ -51,7 +51,6 @@ DATATYPES = frozenset(
     ]
 )
 EXTENSIONS = ("classification", "model_repository", "model_configuration", "binary_tensor_data", "statistics")
-MAX_ECHO = 100  # characters of a client's words that a message repeats
 LENGTH_BYTES = 4  # before each element of a BYTES tensor, little-endian
 
 
@@ -125,11 +124,6 @@ def bad(message: str, request_id: str | None = None) -> RequestError:
     """A client's mistake; with a request id, in the form that names the request."""
     prefix = "" if request_id is None else f"[request id: {echo(request_id) or '<id_unknown>'}] "
     return RequestError(BAD_REQUEST, prefix + message)
-
-
-def echo(text: str) -> str:
-    """A client's word, cut to what a message can hold."""
-    return text if len(text) <= MAX_ECHO else text[:MAX_ECHO] + "..."
 
 
 def check_input(

@@ -21,7 +21,7 @@ from deploy.golden import check_golden, golden_pictures
 from deploy.images import decode_image
 from deploy.predictor import Predictor
 from deploy.registry import CARD, Registry, Version
-from deploy.serving.errors import NOT_FOUND, UNAVAILABLE, RequestError
+from deploy.serving.errors import NOT_FOUND, UNAVAILABLE, RequestError, echo
 from deploy.serving.live_model import LiveModel
 from deploy.serving.memory import give_memory_back
 
@@ -93,13 +93,13 @@ class Models:
             RequestError: If it is not here, in the words of the protocol's reference server.
         """
         if name != self.name:
-            raise RequestError(NOT_FOUND, f"Request for unknown model: '{name}' is not found")
+            raise RequestError(NOT_FOUND, f"Request for unknown model: '{echo(name)}' is not found")
         if not version:
             return self.require_champion()
         is_number = version.isascii() and version.isdecimal() and len(version) < 19
         found = self._answering.get(int(version)) if is_number else None
         if found is None:
-            raise RequestError(NOT_FOUND, f"Request for unknown model: '{name}' version {version} is not found")
+            raise RequestError(NOT_FOUND, f"Request for unknown model: '{name}' version {echo(version)} is not found")
         return found
 
     def require_champion(self) -> LiveModel:

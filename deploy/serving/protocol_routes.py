@@ -7,7 +7,7 @@ import orjson
 from starlette.routing import BaseRoute, Route
 
 from deploy.serving.endpoint import Call, Endpoint, Reply, json_reply
-from deploy.serving.errors import BAD_REQUEST, TOO_LARGE, RequestError
+from deploy.serving.errors import BAD_REQUEST, TOO_LARGE, RequestError, echo
 from deploy.serving.infer_codec import json_length, parse_infer, render_infer
 from deploy.serving.inference_protocol import (
     EXTENSIONS,
@@ -147,4 +147,4 @@ async def load(call: Call) -> Reply:
 
 async def unload(call: Call) -> Reply:
     """Refused: which version answers is the registry's to say."""
-    raise bad(f"failed to unload '{call.path('model')}': promote or roll back in the registry instead")
+    raise bad(f"failed to unload '{echo(str(call.path('model')))}': promote or roll back in the registry instead")

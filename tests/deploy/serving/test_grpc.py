@@ -246,6 +246,9 @@ def test_mistakes_have_their_code_and_the_same_words(client: Any) -> None:
         ),
         (lambda: client.get_model_metadata("other"), "NOT_FOUND", "'other' is not found"),
         (lambda: client.unload_model("m"), "INVALID_ARGUMENT", "promote or roll back"),
+        (lambda: client.infer("a" * 50_000, [images_input("blau")]), "NOT_FOUND", "aaa...' is not found"),
+        (lambda: client.infer("m", [images_input("blau")], "7" * 50_000), "NOT_FOUND", "777... is not found"),
+        (lambda: client.unload_model("a" * 50_000), "INVALID_ARGUMENT", "aaa...': promote"),
         (lambda: client.load_model("other"), "INVALID_ARGUMENT", "failed to load 'other'"),
         (lambda: client.get_system_shared_memory_status(), "UNIMPLEMENTED", ""),
     ):
