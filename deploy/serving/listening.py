@@ -38,7 +38,10 @@ def reserve(settings: Settings, port: int, option: str) -> socket.socket:
             pass
         kept = socket.socket(_family(settings))
         kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Connections of a server before this one, which are still fading away, are no hindrance; another server is.
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         kept.bind(address)
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except (OSError, OverflowError) as error:
         raise _cannot(address, error, option) from error
     return kept

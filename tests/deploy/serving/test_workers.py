@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deploy.serving.listening import reserve
 from deploy.serving.settings import parse_settings
 from deploy.serving.worker import share_of
 from tests.deploy.serving.running import Running, add_version, eventually, make_champion, serving
@@ -106,6 +107,19 @@ def test_what_keeps_them_from_starting_is_told_once(root: Path, tmp_path: Path) 
                 pass
             assert str(failed.value).count(message) == 1
         assert ask(running).status_code == 200
+
+
+def test_they_have_the_port_of_a_server_that_has_just_ended() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as before:
+        port = before.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            before.accept()[0].close()
+            assert client.recv(1) == b""
+    with reserve(parse_settings(["--registry", "r"]), port, "--port"):
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server(("127.0.0.1", port))
+        with socket.create_server(("127.0.0.1", port), reuse_port=True):
+            pass
 
 
 def test_they_share_what_the_server_may_use() -> None:
