@@ -73,6 +73,7 @@ class Connection(HttpToolsProtocol):
     on_leave: Callable[[], Any] | None = None  # of the request that is being answered
     _head_bytes = 0  # trailers included
     _awaits_head = False
+    _holds_body = False  # what was read last, or the end of a request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -86,8 +87,9 @@ class Connection(HttpToolsProtocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        awaited_head, self._holds_body = self._awaits_head, False
         super().data_received(data)
-        if self._awaits_head:
+        if not self._holds_body and (self._awaits_head or not awaited_head):
             self._head_bytes += len(data)
         if self._head_bytes <= MAX_HEAD_BYTES or self.transport.is_closing():
             return
@@ -105,7 +107,7 @@ class Connection(HttpToolsProtocol):
         """As uvicorn's; but what comes after the body says nothing of the request."""
         if self._awaits_head:
             super().on_header(name, value)
-        else:
+        elif self._holds_body:
             self._head_bytes += len(name) + len(value)
 
     def on_headers_complete(self) -> None:
@@ -119,6 +121,7 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Wakes the request once its body is there, or a large piece of it, and not for every read from the socket."""
+        self._holds_body, self._head_bytes = True, 0
         if self.transport.is_closing() or self.cycle.response_complete:
             return
         self._pieces.append(body)
@@ -129,6 +132,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
+        self._holds_body = True
         if self.transport.is_closing():
             return
         self._pass_on()

@@ -292,6 +292,19 @@ def test_trailers_say_nothing_and_are_limited(running: Running) -> None:
     assert said.startswith(b"HTTP/1.1 200")
     assert b"from-a-trailer" not in said
     assert talk(running.port, head + body, *[b"X-More: " + bytes([65]) * 30_000 + b"\r\n"] * 5) == b""
+    start = time.monotonic()
+    assert talk(running.port, head + body + b"X-Endless: ", *[bytes([65]) * 30_000] * 5) == b""
+    assert talk(running.port, head + b"1;", *[bytes([65]) * 30_000] * 5) == b""
+    assert time.monotonic() - start < 1  # before its time was over
+
+
+def test_a_head_behind_a_body_is_counted_without_it(running: Running) -> None:
+    body = encoded(colour_image("blau", size=(400, 400)), "BMP")
+    ask = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    live = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    said = talk(running.port, ask[:100], ask[100:] + live[:10], live[10:], pause_s=0.2)
+    assert said.count(b"HTTP/1.1 200 OK") == 2
+    assert b"blau" in said
 
 
 def test_a_body_behind_an_upgrade_is_refused_and_never_taken_for_a_request(running: Running) -> None:
