@@ -4,9 +4,10 @@ What ASGI's messages are too slow at, or cannot say, a request finds in its scop
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES = 65_536
@@ -67,6 +68,23 @@ class Deadline:
             act()
 
 
+class Flow(FlowControl):
+    """Uvicorn's, but nothing more is read while requests wait for the answers before theirs: each read holds thousands.
+
+    Args:
+        transport: Which is read from.
+        pipeline: What waits.
+    """
+
+    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        if not self._pipeline:
+            super().resume_reading()
+
+
 class Connection(HttpToolsProtocol):
     """A connection that gives a body to its request at once, and limits a request's head in size and in time."""
 
@@ -77,6 +95,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = Flow(transport, self.pipeline)
         self._pieces: list[bytes] = []
         self._piece_bytes = 0
         self._patience = Deadline(self.loop)  # for a head, and for the next request
@@ -143,9 +162,10 @@ class Connection(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
+        next_one = self.pipeline.pop() if self.pipeline else None
         self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+        if next_one is not None:
+            self._start_asgi_task(*next_one)
         elif not self._awaits_head:
             self._patience.set(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
@@ -153,6 +173,7 @@ class Connection(HttpToolsProtocol):
         self._awaits_head = False
         self._patience.end()
         self.body_deadline.end()
+        self.pipeline.clear()
         super().connection_lost(exc)
         if self.on_leave is not None:
             self.on_leave()

@@ -13,6 +13,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -232,6 +233,16 @@ def test_a_client_that_does_not_read_is_waited_for_and_gets_every_answer(running
         answered = b"".join(iter(lambda: line.recv(1_000_000), b""))
         asking.join()
     assert answered.count(page) == answered.count(b"HTTP/1.1 200 OK") == num
+
+
+def test_requests_that_are_sent_ahead_wait_in_the_socket(running: Running) -> None:
+    ask, num = b"GET /v2/health/live HTTP/1.1\r\n\r\n", 100_000
+    before = running.metric("process_resident_memory_bytes")
+    with socket.create_connection(("127.0.0.1", running.port), timeout=1) as line:
+        with suppress(TimeoutError):
+            line.sendall(ask * num)  # without reading a single answer
+        time.sleep(1)
+        assert running.metric("process_resident_memory_bytes") - before < 60e6
 
 
 def test_metrics_tell_what_happened(running: Running) -> None:
