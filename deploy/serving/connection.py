@@ -166,6 +166,8 @@ class Connection(HttpToolsProtocol):
         self.flow.resume_reading()
         if next_one is not None:
             self._start_asgi_task(*next_one)
+            if self._awaits_head and not self.pipeline:
+                self._await_rest()
         elif not self._awaits_head:
             self._patience.set(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
@@ -187,6 +189,10 @@ class Connection(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         self._awaits_head, self._head_bytes = True, 0
+        if not self.pipeline:  # else it is not read before these are answered
+            self._await_rest()
+
+    def _await_rest(self) -> None:
         self._patience.set(HEAD_S, self.timeout_keep_alive_handler)
 
     def _have_head(self) -> None:

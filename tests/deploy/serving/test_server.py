@@ -245,6 +245,18 @@ def test_requests_that_are_sent_ahead_wait_in_the_socket(running: Running) -> No
         assert running.metric("process_resident_memory_bytes") - before < 60e6
 
 
+def test_a_head_has_its_time_from_when_it_is_read(registry: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import deploy.serving.connection as it\nit.HEAD_S = 0.2\n")
+    large = io.BytesIO()
+    Image.new("RGB", (7000, 7000)).save(large, "PNG")
+    slow = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % large.tell() + large.getvalue()
+    live = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    last = live.replace(b"Host", b"Connection: close\r\nHost")
+    with serving(registry, tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}") as running:
+        said = talk(running.port, slow + live + last[:10], last[10:], pause_s=0.1)
+    assert said.count(b"HTTP/1.1 200 OK") == 3
+
+
 def test_metrics_tell_what_happened(running: Running) -> None:
     before = running.metric("tanuki_pictures_total")
     running.client.post("/predict", content=BLUE)
