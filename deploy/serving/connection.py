@@ -86,12 +86,22 @@ class Flow(FlowControl):
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that gives a body to its request at once, and limits a request's head in size and in time."""
+    """A connection that gives a body to its request at once, and limits a request's head in size and in time.
+
+    Args:
+        given: What uvicorn gives it.
+        leave_s: For the client to read the rest of its answers, once the connection is to end.
+        more: What uvicorn gives it.
+    """
 
     on_leave: Callable[[], Any] | None = None  # of the request that is being answered
     _head_bytes = 0  # trailers included
     _awaits_head = False
     _holds_body = False  # what was read last, or the end of a request
+
+    def __init__(self, *given: Any, leave_s: float, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self._leave_s = leave_s
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -116,7 +126,20 @@ class Connection(HttpToolsProtocol):
             self._have_head()
             self.send_400_response(f"More than {MAX_HEAD_BYTES} bytes of headers.")
         else:
-            self.transport.close()
+            self._leave()
+
+    def eof_received(self) -> None:
+        """A client that sends no more may still read no more."""
+        self._leave()
+
+    def send_400_response(self, msg: str) -> None:
+        """As uvicorn's."""
+        super().send_400_response(msg)
+        self._leave()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """As uvicorn's."""
+        self._leave()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -161,6 +184,7 @@ class Connection(HttpToolsProtocol):
         """As uvicorn's, with another timer for the next request."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
+            self._leave()
             return
         next_one = self.pipeline.pop() if self.pipeline else None
         self.flow.resume_reading()
@@ -179,6 +203,11 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         if self.on_leave is not None:
             self.on_leave()
+
+    def _leave(self) -> None:
+        """Closes the connection once the client has read what it was answered, or its time for that is over."""
+        self.transport.close()
+        self._patience.set(self._leave_s, self.transport.abort)
 
     def _pass_on(self) -> None:
         """Gives the request what came of its body: copied once, and not at all where it came in one read."""

@@ -6,6 +6,7 @@ import resource
 import socket
 import ssl
 import time
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -122,7 +123,7 @@ def serve(settings: Settings, *, worker: "Worker | None" = None) -> None:
     config = uvicorn.Config(
         Application(service),
         loop="uvloop",
-        http=Connection,
+        http=partial(Connection, leave_s=settings.body_timeout_s),  # type: ignore[arg-type]  # it only calls it
         lifespan="off",
         ws="none",
         log_config=None,

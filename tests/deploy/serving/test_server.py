@@ -257,6 +257,27 @@ def test_a_head_has_its_time_from_when_it_is_read(registry: Path, tmp_path: Path
     assert said.count(b"HTTP/1.1 200 OK") == 3
 
 
+@pytest.mark.parametrize("how", ["Connection: close", "half closed"])
+def test_a_connection_that_is_over_does_not_wait_for_a_client_that_does_not_read(
+    registry: Path, tmp_path: Path, how: str
+) -> None:
+    """Whose answer, with the name it gave its request, is more than any buffer between the two holds."""
+    said = {"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}]}
+    body = json.dumps({**said, "id": "a" * 7_900_000}).encode()
+    header = how if ":" in how else "X: y"
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\n{header}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with serving(registry, tmp_path, "--name", "m", "--body-timeout-s", "0.5") as running:
+        num_files = running.metric("process_open_fds")
+        with socket.socket() as line:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            line.connect(("127.0.0.1", running.port))
+            line.sendall(head.encode() + body)
+            eventually(lambda: running.metric('tanuki_requests_total{code="200",route="infer"}') == 1)
+            if how == "half closed":
+                line.shutdown(socket.SHUT_WR)
+            eventually(lambda: running.metric("process_open_fds") == num_files, timeout_s=5)
+
+
 def test_metrics_tell_what_happened(running: Running) -> None:
     before = running.metric("tanuki_pictures_total")
     running.client.post("/predict", content=BLUE)
