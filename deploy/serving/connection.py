@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
+import orjson
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -133,8 +134,12 @@ class Connection(HttpToolsProtocol):
         self._leave()
 
     def send_400_response(self, msg: str) -> None:
-        """As uvicorn's."""
-        super().send_400_response(msg)
+        """In the protocol's form, where uvicorn's is plain text."""
+        body = orjson.dumps({"error": msg})
+        headers = [*self.server_state.default_headers, (b"content-type", b"application/json")]
+        headers += [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+        head = b"".join(b"%s: %s\r\n" % header for header in headers)
+        self.transport.write(b"".join([STATUS_LINE[400], head, b"\r\n", body]))
         self._leave()
 
     def timeout_keep_alive_handler(self) -> None:

@@ -206,7 +206,9 @@ def test_a_slow_or_broken_client_is_let_go(running: Running) -> None:
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
     assert b" 408 " in talk(running.port, head + b"half")
     assert talk(running.port, b"GET /v2 HTTP/1.1\r\nX: " + b"a" * 300_000).startswith(b"HTTP/1.1 400")
-    assert talk(running.port, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
+    said = talk(running.port, b"nonsense\r\n\r\n")
+    assert said.startswith(b"HTTP/1.1 400")
+    assert json.loads(said.partition(b"\r\n\r\n")[2]) == {"error": "Invalid HTTP request received."}
     wrong = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: minus\r\n\r\n"
     assert talk(running.port, wrong).startswith(b"HTTP/1.1 400")
     noughts = wrong.replace(b"minus", b"0" * 5000 + b"3") + b"abc"  # more digits than Python makes a number of
