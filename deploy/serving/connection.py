@@ -258,6 +258,10 @@ class Exchange:
         """Whether its connection was one more than may be open."""
         return self._connection.is_one_too_many
 
+    def give_up(self) -> None:
+        """Leaves it without an answer, which nobody waits for."""
+        self._cycle.disconnected = True  # uvicorn knows it of the last request on a connection only
+
     def abort(self) -> None:
         """Ends the connection at once, whatever is still to be sent."""
         self._connection.transport.abort()

@@ -211,6 +211,7 @@ class Endpoint:
         try:
             reply = await self._reply(call)
         except ClientGoneError:
+            call.exchange.give_up()
             self._service.metrics.request(self._route, 499, time.perf_counter() - start)
             return
         except RequestError as error:

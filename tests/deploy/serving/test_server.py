@@ -209,6 +209,9 @@ def test_a_slow_or_broken_client_is_let_go(running: Running) -> None:
     said = talk(running.port, b"nonsense\r\n\r\n")
     assert said.startswith(b"HTTP/1.1 400")
     assert json.loads(said.partition(b"\r\n\r\n")[2]) == {"error": "Invalid HTTP request received."}
+    ask = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(BLUE), BLUE)
+    assert talk(running.port, ask + b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
+    assert "without starting response" not in running.log.read_text()
     wrong = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: minus\r\n\r\n"
     assert talk(running.port, wrong).startswith(b"HTTP/1.1 400")
     noughts = wrong.replace(b"minus", b"0" * 5000 + b"3") + b"abc"  # more digits than Python makes a number of
