@@ -264,6 +264,7 @@ class Exchange:
 
     def abort(self) -> None:
         """Ends the connection at once, whatever is still to be sent."""
+        self.give_up()
         self._connection.transport.abort()
 
     def on_leave(self, act: Callable[[], Any] | None) -> None:
@@ -288,7 +289,8 @@ class Exchange:
             False where the client does not read what it was sent before: nothing was written.
         """
         cycle = self._cycle
-        if cycle.disconnected:
+        if self.has_left:
+            self.give_up()
             return True
         if cycle.flow.write_paused:
             return False

@@ -216,6 +216,9 @@ class Endpoint:
             return
         except RequestError as error:
             reply, problem = error_reply(error), error.message
+        except asyncio.CancelledError:  # the server's last grace is over
+            problem = "the server is shutting down"
+            reply = error_reply(RequestError(UNAVAILABLE, problem))
         except Exception:
             logger.exception("request %s failed", name)
             reply, problem = error_reply(RequestError(500, f"the server failed on request {name}")), "see above"
@@ -258,7 +261,7 @@ class Endpoint:
             async with asyncio.timeout(self._service.settings.body_timeout_s):
                 await send({"type": "http.response.start", "status": reply.status, "headers": headers})
                 await send({"type": "http.response.body", "body": reply.body})
-        except TimeoutError:
+        except (TimeoutError, asyncio.CancelledError):
             call.exchange.abort()
 
 

@@ -321,6 +321,21 @@ def test_it_drains_on_sigterm(registry: Path, tmp_path: Path) -> None:
     assert running.lines()[-1]["message"] == "stopped"
 
 
+def test_who_is_still_sending_or_not_reading_at_its_end_is_told(registry: Path, tmp_path: Path) -> None:
+    with serving(registry, tmp_path, "--grace-s", "1") as running, socket.socket() as unheard, socket.socket() as slow:
+        for line in (unheard, slow):
+            line.connect(("127.0.0.1", running.port))
+        page = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        unheard.sendall(page * (16_000_000 // len(running.client.get("/").content)))
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+        time.sleep(0.5)
+        assert running.stop() == 0
+        assert b" 503 " in slow.recv(1000)
+    text = running.log.read_text()
+    assert "the server is shutting down" in text
+    assert "Traceback" not in text
+
+
 def test_overload_is_told_and_the_rest_is_answered(registry: Path, tmp_path: Path) -> None:
     picture = encoded(colour_image("grün", size=(1200, 1200)), "BMP")
     options = ("--threads", "1", "--max-waiting", "4", "--max-pictures", "2")
