@@ -9,6 +9,7 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from deploy.serving.batcher import Picture
 from deploy.serving.errors import (
@@ -83,8 +84,27 @@ class Call:
     start: float
 
 
-def call_of(request: Any, context: Context) -> Call:
-    """Names a request; None for a stream, which has no message."""
+def message_of(kind: Any, data: bytes) -> Any | None:
+    """A request's message; None where the bytes are none, of which gRPC itself would make a traceback."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        return None
+
+
+def understood(request: Any | None) -> Any:
+    """The message.
+
+    Raises:
+        RequestError: If there is none.
+    """
+    if request is None:
+        raise bad("failed to parse the request: its bytes are no message of this kind")
+    return request
+
+
+def call_of(request: Any | None, context: Context) -> Call:
+    """Names a request; None for a stream, which has no message, and for bytes that are none."""
     asked = str(dict(context.invocation_metadata() or ()).get(NAME, "")).encode()
     return Call(request_id(asked, getattr(request, "id", "").encode()), context, time.perf_counter())
 
@@ -266,14 +286,12 @@ class GrpcServer:
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
                 self._guarded(name, method, calls),
-                request_deserializer=calls.types[f"{name}Request"].FromString,
                 response_serializer=calls.types[f"{name}Response"].SerializeToString,
             )
             for name, method in UNARY.items()
         }
         handlers[STREAM] = grpc.stream_stream_rpc_method_handler(
             self._guarded_stream(calls),
-            request_deserializer=calls.types["ModelInferRequest"].FromString,
             response_serializer=calls.types["ModelStreamInferResponse"].SerializeToString,
         )
         return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
@@ -282,26 +300,29 @@ class GrpcServer:
         """The usual health check, which Kubernetes asks."""
         types = message_classes("grpc.health.v1", HEALTH)
 
-        async def check(request: Any, context: Context) -> Any:  # noqa: ARG001
+        async def check(data: bytes, context: Context) -> Any:  # noqa: ARG001
             return types["HealthCheckResponse"](status=SERVING if self._service.is_ready else NOT_SERVING)
 
         handler = grpc.unary_unary_rpc_method_handler(
             check,
-            request_deserializer=types["HealthCheckRequest"].FromString,
             response_serializer=types["HealthCheckResponse"].SerializeToString,
         )
         return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
 
-    def _guarded(self, name: str, method: Handler, calls: InferenceService) -> Callable[[Any, Context], Awaitable[Any]]:
+    def _guarded(
+        self, name: str, method: Handler, calls: InferenceService
+    ) -> Callable[[bytes, Context], Awaitable[Any]]:
         """A call that is admitted, counted, and ends in an answer or in the protocol's words for a mistake."""
+        kind = calls.types[f"{name}Request"]
 
-        async def answered(request: Any, context: Context) -> Any:
+        async def answered(data: bytes, context: Context) -> Any:
+            request = message_of(kind, data)
             call, status, problem = call_of(request, context), LEFT, None
             context.set_trailing_metadata(((NAME, call.id),))
             try:
                 if name not in OPEN:
                     self._admit(context)
-                answer = await method(calls, request, call)
+                answer = await method(calls, understood(request), call)
                 status = 200
             except RequestError as error:
                 status, problem = error.status, error.message
@@ -321,13 +342,15 @@ class GrpcServer:
 
         return answered
 
-    def _guarded_stream(self, calls: InferenceService) -> Callable[[AsyncIterator[Any], Context], AsyncIterator[Any]]:
+    def _guarded_stream(self, calls: InferenceService) -> Callable[[AsyncIterator[bytes], Context], AsyncIterator[Any]]:
         """Answers one after the other, each named and counted; a mistake ends nothing but its own request."""
+        kind = calls.types["ModelInferRequest"]
 
-        async def answered(request: Any, context: Context) -> Any:
+        async def answered(data: bytes, context: Context) -> Any:
+            request = message_of(kind, data)
             call, status, problem = call_of(request, context), LEFT, None
             try:
-                answer = await calls.model_infer(request, call)
+                answer = await calls.model_infer(understood(request), call)
                 status = 200
                 return calls.types["ModelStreamInferResponse"](infer_response=answer)
             except RequestError as error:
@@ -338,10 +361,10 @@ class GrpcServer:
                 logger.exception("request %s failed", call.id)
             finally:
                 self._done(STREAM, call, status, problem)
-            failed = calls.types["ModelInferResponse"](id=request.id)
+            failed = calls.types["ModelInferResponse"](id=getattr(request, "id", ""))
             return calls.types["ModelStreamInferResponse"](error_message=message, infer_response=failed)
 
-        async def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        async def stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
             try:
                 self._admit(context)
             except RequestError as error:

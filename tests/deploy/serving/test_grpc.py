@@ -258,6 +258,22 @@ def test_mistakes_have_their_code_and_the_same_words(client: Any) -> None:
         assert message in told.value.message()
 
 
+def test_bytes_that_are_no_message_are_the_clients_mistake(running: Running) -> None:
+    service = "/inference.GRPCInferenceService"
+    with grpc.insecure_channel(f"127.0.0.1:{running.grpc_port}") as channel:
+        for name in ("ModelInfer", "ServerMetadata"):
+            with pytest.raises(grpc.RpcError) as told:
+                channel.unary_unary(f"{service}/{name}")(b"\xff", timeout=10)
+            assert told.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert "failed to parse" in told.value.details()
+        several = channel.stream_stream(f"{service}/ModelStreamInfer")(iter([b"\xff", b""]), timeout=10)
+        first, second = several
+        assert b"failed to parse" in first
+        assert b"unknown model" in second
+        assert channel.unary_unary("/grpc.health.v1.Health/Check")(b"\xff", timeout=10) == b"\x08\x01"
+    assert "DecodeError" not in running.log.read_text()
+
+
 def test_requests_are_found_again_in_logs_and_captures(tmp_path: Path) -> None:
     """By the metadata's name, the message's, or one made here, which comes back in metadata alone."""
     add_version(tmp_path / "registry", tmp_path)
