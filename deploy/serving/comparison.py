@@ -10,6 +10,7 @@ more requests that are given up: their time was over, or their clients left. It 
 
 import asyncio
 import logging
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ PENDING_BYTES = 64_000_000  # of pictures that are still to be compared
 MAX_PAIRS = 1000  # of labels that are told apart; the rest is counted as different, without its names
 TOLD_PAIRS = 10
 RECENT = 200  # pictures of either version whose failures are looked at
+CHANCE = 4  # standard deviations of the champion's share that are no difference: it is looked at all the time
 LEAST_FAILURES = 5  # before it may be stopped: one accident is no rate
 
 Fate = Literal["same", "other", "failed", "dropped"]
@@ -215,7 +217,10 @@ class Challenge:
         failed, num = sum(self._challenger_failed), len(self._challenger_failed)
         if failed < LEAST_FAILURES:
             return
-        may_fail = self._max_failures + sum(self._champion_failed) / max(1, len(self._champion_failed))
+        num_champion = max(1, len(self._champion_failed))
+        share = sum(self._champion_failed) / num_champion
+        chance = CHANCE * math.sqrt(share * (1 - share) * (1 / num + 1 / num_champion))
+        may_fail = self._max_failures + share + chance
         if failed <= may_fail * num:
             return
         self._is_stopped = True

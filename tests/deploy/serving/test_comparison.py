@@ -1,6 +1,7 @@
 """A second version beside the champion: compared picture by picture, and never in the way."""
 
 import asyncio
+import random
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,9 +17,10 @@ from deploy.errors import ImageError
 from deploy.predictor import Predictor
 from deploy.registry import Registry
 from deploy.serving.batcher import MAX_ASIDE, Answer, Batcher
-from deploy.serving.comparison import Comparison, distance_of, reports_of
+from deploy.serving.comparison import Challenge, Comparison, distance_of, reports_of
 from deploy.serving.errors import RequestError
 from deploy.serving.live_model import LiveModel
+from deploy.serving.models import Models
 from deploy.serving.settings import Second, parse_settings
 from tests.deploy.serving.running import Running, add_version, eventually, make_champion, serving
 from tests.deploy.tiny_bundle import LABELS, colour_image, encoded, seal, write_colour_bundle
@@ -258,6 +260,41 @@ def test_a_canary_may_be_as_slow_as_the_champion(tmp_path: Path) -> None:
                 given_up += running.client.post(f"/predict?version={version}", content=WHITE).status_code == 504
         assert running.metric("tanuki_second_stopped_total") == 0
         assert running.client.post("/predict", content=PICTURE).json()["version"] == "2"
+
+
+def test_a_second_version_that_is_given_up_as_often_as_the_champion_goes_on(root: Path) -> None:
+    models = Models(Registry(root), name="m", keep=0, on_reload=lambda _: None)
+    models.refresh()
+    models.add_challenger(2)
+    both = [models.champion, models.challenger]
+
+    async def stopped(seed: int, batcher: Batcher) -> tuple[list[int], list[int]]:
+        told: list[int] = []
+        second = Second(2, 1e-9, answers=False)  # what is answered is judged, and hardly ever compared
+        challenge = Challenge(
+            second, models, batcher, on_compared=lambda *_: None, max_failures=0.05, on_stopped=told.append
+        )
+        chance = random.Random(seed)
+        for _ in range(2000):
+            asked = chance.choice(both)
+            if chance.random() < 0.2:
+                challenge.given_up(asked)
+            else:
+                challenge.offer(asked, [PICTURE], [said(1, 0, 0)])
+        before = list(told)
+        for _ in range(200):
+            challenge.given_up(models.challenger)
+        await challenge.stop()
+        return before, told
+
+    async def run() -> None:
+        batcher = Batcher(1, 1000, 10_000, lambda _: None)
+        try:
+            assert [await stopped(seed, batcher) for seed in range(10)] == [([], [2])] * 10
+        finally:
+            await asyncio.to_thread(batcher.close)
+
+    asyncio.run(run())
 
 
 def test_a_second_version_that_is_not_there_is_told(root: Path, tmp_path: Path) -> None:
