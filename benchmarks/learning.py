@@ -307,10 +307,33 @@ def table(lines: Sequence[Facts]) -> str:
         before, after = (np.array([each[f"balanced_{strength}"] for each in uneven]) for strength in (0, 1))
         rows += ["", f"Uneven classes ({next(iter(uneven))['class_ratio']:.0f} to 1): balanced accuracy "]
         rows[-1] += f"{before.mean():.3f}, adjusted {after.mean():.3f}: {_interval(100 * (after - before))} points."
-    for each in by_way["adversarial"].values():
-        rows += ["", f"Seed {each['seed']}, epsilon {each['epsilon']:g}/255, {each['num_attacked']} test images:"]
-        rows += [f"{name}: {each[f'under_attack_{name}']}" for name in ("probe", "adversarial")]
+    if attacked := list(by_way["adversarial"].values()):
+        rows += ["", *_attacked_rows(attacked)]
     return "\n".join(rows)
+
+
+def _attacked_rows(found: Sequence[Facts]) -> list[str]:
+    """Accuracy by attack before and after the stage adversarial: means over the seeds, and their range."""
+    names = ("probe", "adversarial")
+    shares = {  # by attack, a value a seed
+        name: {
+            attack: [each[f"under_attack_{name}"][attack][0] for each in found]
+            for attack in found[0]["under_attack_probe"]
+        }
+        for name in names
+    }
+    sizes = {(each["epsilon"], each["num_attacked"]) for each in found}
+    told = ", ".join(f"{num} test images within {epsilon:g}/255" for epsilon, num in sorted(sizes))
+    rows = [f"{told}, {len(found)} seeds:", "", f"| | {' | '.join(shares['probe'])} |"]
+    rows.append("|---" * (1 + len(shares["probe"])) + "|")
+    for name in names:
+        cells = [f"{np.mean(each):.3f} ({min(each):.3f} to {max(each):.3f})" for each in shares[name].values()]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    gains = [
+        _interval(100 * (np.array(shares["adversarial"][attack]) - np.array(before)))
+        for attack, before in shares["probe"].items()
+    ]
+    return [*rows, f"| points | {' | '.join(gains)} |"]
 
 
 def _interval(differences: NDArray[np.float64]) -> str:
