@@ -181,7 +181,7 @@ class Endpoint:
         route: The name it is counted under.
         get: What GET and HEAD do.
         post: What POST does.
-        is_open: Whether it is served without a token.
+        is_open: Whether it is served without a token, and on one connection too many.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class Endpoint:
             logger.info("%s %s %s", scope["method"], scope["path"], problem or "answered", extra=facts)
 
     async def _reply(self, call: Call) -> Reply:
-        if call.exchange.is_one_too_many:
+        if call.exchange.is_one_too_many and not self._is_open:  # busy is not dead: nobody should start it anew
             limit = self._service.settings.max_connections
             raise RequestError(UNAVAILABLE, f"more than {limit} connections are open", retry_after_s=1)
         if not self._is_open and not self._service.admits(call.headers.get(b"authorization")):

@@ -464,6 +464,8 @@ def test_connections_beyond_the_limit_are_told_and_the_others_go_on(registry: Pa
                 "close",
             )
             assert refused.json() == {"error": "more than 2 connections are open"}
+            alive = third.get("/v2/health/live")
+            assert (alive.status_code, alive.headers["connection"]) == (200, "close")
             for client in (running.client, second):
                 assert client.post("/predict", content=BLUE).status_code == 200
             second.close()
