@@ -65,6 +65,7 @@ class Call:
         headers: Names in small letters; of a repeated one the last.
         id: The client's name for it (X-Request-Id), or one made here.
         ended_by: Why its wait was ended: a time limit, or the client left.
+        held_bytes: Of its body, packed and unpacked.
     """
 
     scope: Scope
@@ -73,6 +74,7 @@ class Call:
     headers: dict[bytes, bytes]
     id: str
     ended_by: Exception | None = None
+    held_bytes: int = 0
 
     @property
     def exchange(self) -> Exchange:
@@ -94,7 +96,8 @@ class Call:
         """The body, unpacked where it is compressed.
 
         Raises:
-            RequestError: If it is too large, comes too slowly, or is not what its headers say.
+            RequestError: If it is too large, alone or with those of all others, comes too slowly, or is not what its
+                headers say.
         """
         limit = self.service.settings.max_body_bytes
         length = self.headers.get(b"content-length", b"0")
@@ -109,7 +112,9 @@ class Call:
         encoding = self.headers.get(b"content-encoding", b"identity").strip().lower()
         if encoding in (b"", b"identity"):
             return body
-        return await self.aside(_unpacked, body, encoding, limit)
+        unpacked = await self.aside(_unpacked, body, encoding, limit)
+        self._hold(unpacked)
+        return unpacked
 
     async def aside(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Runs slow Python off the event loop, one at a time."""
@@ -155,6 +160,10 @@ class Call:
         seconds = f"{self.service.settings.body_timeout_s:g}"
         return RequestError(TOO_SLOW, f"the request's body did not come within {seconds} s")
 
+    def _hold(self, piece: bytes) -> None:
+        self.held_bytes += len(piece)
+        self.service.hold(len(piece))
+
     async def _received(self, limit: int) -> bytes:
         pieces: list[bytes] = []
         size = 0
@@ -163,6 +172,7 @@ class Call:
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
             pieces.append(message.get("body", b""))
+            self._hold(pieces[-1])
             size += len(pieces[-1])
             if size > limit:
                 raise _too_large(limit)
@@ -203,10 +213,15 @@ class Endpoint:
         self._is_open = is_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = time.perf_counter()
         headers = dict(scope["headers"])
-        name = request_id(headers.get(b"x-request-id", b""))
-        call = Call(scope, receive, self._service, headers, name)
+        call = Call(scope, receive, self._service, headers, request_id(headers.get(b"x-request-id", b"")))
+        try:
+            await self._answer(call, send)
+        finally:
+            self._service.release(call.held_bytes)
+
+    async def _answer(self, call: Call, send: Send) -> None:
+        start = time.perf_counter()
         problem: str | None = None
         try:
             reply = await self._reply(call)
@@ -220,14 +235,14 @@ class Endpoint:
             problem = "the server is shutting down"
             reply = error_reply(RequestError(UNAVAILABLE, problem))
         except Exception:
-            logger.exception("request %s failed", name)
-            reply, problem = error_reply(RequestError(500, f"the server failed on request {name}")), "see above"
+            logger.exception("request %s failed", call.id)
+            reply, problem = error_reply(RequestError(500, f"the server failed on request {call.id}")), "see above"
         await self._send(call, reply, send)
         seconds = time.perf_counter() - start
         self._service.metrics.request(self._route, reply.status, seconds)
         if problem is not None or self._service.settings.log_requests:
-            facts = {"request_id": name, "status": reply.status, "ms": round(seconds * 1e3, 2)}
-            logger.info("%s %s %s", scope["method"], scope["path"], problem or "answered", extra=facts)
+            facts = {"request_id": call.id, "status": reply.status, "ms": round(seconds * 1e3, 2)}
+            logger.info("%s %s %s", call.scope["method"], call.scope["path"], problem or "answered", extra=facts)
 
     async def _reply(self, call: Call) -> Reply:
         if call.exchange.is_one_too_many and not self._is_open:  # busy is not dead: nobody should start it anew

@@ -320,6 +320,7 @@ class GrpcServer:
             call, status, problem = call_of(request, context), LEFT, None
             context.set_trailing_metadata(((NAME, call.id),))
             try:
+                self._service.hold(len(data))
                 if name not in OPEN:
                     self._admit(context)
                 answer = await method(calls, understood(request), call)
@@ -337,6 +338,7 @@ class GrpcServer:
                 logger.exception("request %s failed", call.id)
                 await context.abort(grpc.StatusCode.INTERNAL, f"the server failed on request {call.id}")
             finally:
+                self._service.release(len(data))
                 self._done(name, call, status, problem)
             return answer
 
@@ -350,6 +352,7 @@ class GrpcServer:
             request = message_of(kind, data)
             call, status, problem = call_of(request, context), LEFT, None
             try:
+                self._service.hold(len(data))
                 answer = await calls.model_infer(understood(request), call)
                 status = 200
                 return calls.types["ModelStreamInferResponse"](infer_response=answer)
@@ -360,6 +363,7 @@ class GrpcServer:
                 status, problem, message = 500, "see above", f"the server failed on request {call.id}"
                 logger.exception("request %s failed", call.id)
             finally:
+                self._service.release(len(data))
                 self._done(STREAM, call, status, problem)
             failed = calls.types["ModelInferResponse"](id=getattr(request, "id", ""))
             return calls.types["ModelStreamInferResponse"](error_message=message, infer_response=failed)

@@ -18,7 +18,7 @@ from deploy.registry import open_registry
 from deploy.serving.batcher import Answer, Batcher, BatchTimes, Outcome, Picture
 from deploy.serving.capture import Capture
 from deploy.serving.comparison import Challenge, reports_of
-from deploy.serving.errors import BAD_REQUEST, RequestError, ServingError
+from deploy.serving.errors import BAD_REQUEST, TOO_MANY, RequestError, ServingError
 from deploy.serving.inference_protocol import model_statistics, summed_statistics
 from deploy.serving.live_model import LiveModel
 from deploy.serving.metrics import Family, Metrics, metrics_text
@@ -71,6 +71,7 @@ class Service:
             "look": self._own_look,
             "comparisons": self._own_comparisons,
         }
+        self._held_bytes = 0
         self._watcher = Watcher(self.models, every_s=settings.watch_s)
         self._tokens = _tokens(settings)
 
@@ -169,6 +170,21 @@ class Service:
         kind, _, token = (authorization or b"").partition(b" ")
         digest = sha256(token.strip()).digest()
         return kind.lower() == b"bearer" and any(hmac.compare_digest(digest, known) for known in self._tokens)
+
+    def hold(self, num_bytes: int) -> None:
+        """Counts bytes of a request's body, until they are `released`.
+
+        Raises:
+            RequestError: If all bodies together are too large; these are counted all the same.
+        """
+        self._held_bytes += num_bytes
+        limit = self.settings.max_bodies_bytes
+        if self._held_bytes > limit:
+            raise RequestError(TOO_MANY, f"all requests' bodies together are larger than {limit}", retry_after_s=1)
+
+    def release(self, num_bytes: int) -> None:
+        """A request is over whose body had so many bytes."""
+        self._held_bytes -= num_bytes
 
     async def look(self, name: str) -> None:
         """Looks at the registry now, as the protocol's load call asks.

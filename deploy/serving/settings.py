@@ -61,6 +61,9 @@ class Settings:
     tls_cert: Annotated[Path | None, "certificate chain (PEM); with --tls-key"] = None
     tls_key: Annotated[Path | None, "private key of the certificate (PEM)"] = None
     max_body_mb: Annotated[float, "largest body of a request, 10^6 bytes; compressed ones by what they unpack to"] = 32
+    max_bodies_mb: Annotated[
+        float, "bodies of all requests together, 10^6 bytes, or one whole body; above it clients are told 429"
+    ] = 256
     max_json_mb: Annotated[float, "largest JSON part of a request, 10^6 bytes: tensors belong into binary or JPEG"] = 8
     max_megapixels: Annotated[float, "largest picture, looked up in its header before it is decoded"] = 50
     max_pictures: Annotated[int, "pictures in a request"] = 64
@@ -96,6 +99,10 @@ class Settings:
     @property
     def max_body_bytes(self) -> int:
         return int(self.max_body_mb * 1e6)
+
+    @property
+    def max_bodies_bytes(self) -> int:
+        return int(max(self.max_bodies_mb, self.max_body_mb) * 1e6)
 
     @property
     def max_json_bytes(self) -> int:

@@ -38,6 +38,7 @@ def share_of(settings: Settings, number: int) -> Settings:
         settings,
         threads=max(1, threads // num + (number < threads % num)),
         max_waiting=max(settings.max_pictures, math.ceil(settings.max_waiting / num)),
+        max_bodies_mb=settings.max_bodies_mb / num,
         max_connections=math.ceil(settings.max_connections / num),
     )
 

@@ -412,6 +412,27 @@ def test_a_deadline_a_full_queue_and_who_hangs_up_are_told_apart(tmp_path: Path)
         assert "Traceback" not in running.log.read_text()
 
 
+def test_messages_have_a_limit_together(tmp_path: Path) -> None:
+    add_version(tmp_path / "registry", tmp_path)
+    huge = np.full((8, 2000, 2000, 3), 7, np.uint8)
+    slow = client_module.InferInput("images", huge.shape, "UINT8")
+    slow.set_data_from_numpy(huge)
+    large = client_module.InferInput("images", [1, 1000, 1000, 3], "UINT8")
+    large.set_data_from_numpy(huge[:1, :1000, :1000])
+    options = ("--grpc-port", "0", "--threads", "1", "--max-body-mb", "97", "--max-bodies-mb", "97")
+    with (
+        serving(tmp_path / "registry", tmp_path, *options) as running,
+        client_module.InferenceServerClient(f"127.0.0.1:{running.grpc_port}") as client,
+    ):
+        answers: queue.Queue[Any] = queue.Queue()
+        client.async_infer("tanuki", [slow], lambda result, error: answers.put((result, error)))
+        eventually(lambda: running.metric("tanuki_waiting_pictures") == 8)
+        with pytest.raises(InferenceServerException, match=r"UNAVAILABLE.*together are larger than 97000000"):
+            client.infer("tanuki", [large])
+        assert answers.get(timeout=60)[1] is None
+        assert client.infer("tanuki", [large]).as_numpy("probabilities") is not None
+
+
 def test_tls_by_setting(tmp_path: Path) -> None:
     add_version(tmp_path / "registry", tmp_path)
     certificate = make_certificate(tmp_path)

@@ -13,8 +13,9 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -407,6 +408,31 @@ def test_who_is_refused_is_told_before_the_body_and_may_go_on(registry: Path, tm
             line.sendall(bytes(2_000_000) + b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert b"HTTP/1.1 200" in said.read()
         assert {each.result().status_code for each in asked} == {200, 429}
+
+
+def test_the_bodies_of_all_requests_have_a_limit_together(registry: Path, tmp_path: Path) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n"
+    packed, sizes = gzip.compress(bytes(3_000_000)), ("--max-body-mb", "3", "--max-bodies-mb", "4")
+    with serving(registry, tmp_path, *sizes) as running, ExitStack() as stack:
+
+        def sent(body: bytes) -> socket.socket:
+            line = stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=30))
+            line.sendall(head + body)
+            return line
+
+        def told(**more: Any) -> int:
+            return running.client.post("/predict", **more).status_code
+
+        slow = sent(bytes(2_900_000))
+        eventually(lambda: told(content=bytes(2_900_000)) == 429)
+        assert told(content=packed, headers={"Content-Encoding": "gzip"}) == 429
+        refused = sent(bytes(2_900_000))
+        assert refused.recv(100).startswith(b"HTTP/1.1 429")
+        assert told(content=BLUE) == 200
+        slow.sendall(bytes(100_000))
+        assert b"HTTP/1.1 400" in slow.recv(1000)  # no picture
+        assert told(content=bytes(2_900_000)) == 400
+        assert told(content=packed, headers={"Content-Encoding": "gzip"}) == 400
 
 
 def test_a_client_that_left_is_not_worked_for(registry: Path, tmp_path: Path) -> None:

@@ -128,5 +128,6 @@ def test_they_share_what_the_server_may_use() -> None:
     assert [each.threads for each in shares] == [3, 3, 2]
     assert {each.max_waiting for each in shares} == {64}  # a whole request must find room
     assert {each.max_connections for each in shares} == {11}
+    assert sum(each.max_bodies_mb for each in shares) == 256
     few = [share_of(parse_settings([*options, "--threads", "2"]), number) for number in range(3)]
     assert [each.threads for each in few] == [1, 1, 1]
