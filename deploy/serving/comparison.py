@@ -201,6 +201,10 @@ class Challenge:
             if found := comparison.add(champion, challenger, one, other):
                 self._on_compared(champion.version, challenger.version, *found)
 
+    def end(self) -> None:
+        """Gives the second version no more: another process of this server has stopped it."""
+        self._is_stopped = True
+
     def given_up(self, asked: LiveModel) -> None:
         """Takes note of a request that one of the two was at work on when its time was over or its client left."""
         self._judge(asked, [True])

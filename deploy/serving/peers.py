@@ -1,8 +1,9 @@
 """What the workers of one server ask each other, so that any of them can answer for all.
 
-A connection goes to one worker, but metrics, statistics and "look at the registry now" are about the whole server. A
-worker puts such a question to the process that started them all (deploy/serving/workers.py), on a socket that only they
-have; that one passes it to every worker, the asking one too, and brings all answers back. Lines of JSON:
+A connection goes to one worker, but metrics, statistics, "look at the registry now" and "the second version is stopped"
+are about the whole server. A worker puts such a question to the process that started them all
+(deploy/serving/workers.py), on a socket that only they have; that one passes it to every worker, the asking one too,
+and brings all answers back. Lines of JSON:
 
     {"ask": kind, "id": n}         worker, to all        {"asked": kind, "token": t}      to each worker
     {"told": value, "token": t}    a worker's answer     {"answers": [...], "id": n}      to the worker that asked
@@ -19,7 +20,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
-Kind = Literal["metrics", "statistics", "look", "comparisons"]
+Kind = Literal["metrics", "statistics", "look", "comparisons", "end_second"]
 Handlers = Mapping[Kind, Callable[[], Awaitable[Any]]]
 
 LINE_BYTES = 1 << 26  # of all workers' metrics together

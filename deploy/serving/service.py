@@ -65,11 +65,13 @@ class Service:
         self._worker = worker
         self._peers: Peers | None = None
         self._challenge: Challenge | None = None
+        self._telling: asyncio.Task[Any] | None = None
         self._own: Handlers = {
             "metrics": self._own_metrics,
             "statistics": self._own_statistics,
             "look": self._own_look,
             "comparisons": self._own_comparisons,
+            "end_second": self._own_end_second,
         }
         self._held_bytes = 0
         self._watcher = Watcher(self.models, every_s=settings.watch_s)
@@ -118,7 +120,7 @@ class Service:
                 self.batcher,
                 on_compared=self.metrics.compared,
                 max_failures=self.settings.second_failures,
-                on_stopped=self.metrics.stopped,
+                on_stopped=self._second_stopped,
             )
         self._watcher.start()
 
@@ -224,6 +226,14 @@ class Service:
 
     async def _own_comparisons(self) -> list[dict[str, Any]]:
         return self._challenge.found() if self._challenge else []
+
+    async def _own_end_second(self) -> None:
+        if self._challenge is not None:
+            self._challenge.end()
+
+    def _second_stopped(self, version: int) -> None:
+        self.metrics.stopped(version)
+        self._telling = asyncio.get_running_loop().create_task(self._of_all("end_second"))
 
     async def comparisons(self) -> list[dict[str, Any]]:
         """What the second version said of the champion's pictures, in all processes."""
