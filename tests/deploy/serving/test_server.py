@@ -39,9 +39,9 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "registry"
 
 
-def talk(port: int, *pieces: bytes, pause_s: float = 0.0) -> bytes:
+def talk(port: int, *pieces: bytes, pause_s: float = 0.0, timeout_s: float = 5) -> bytes:
     """Sends raw bytes and reads until the server closes, or says no more for a while."""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as line:
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as line:
         answer = b""
         try:
             for piece in pieces:
@@ -252,15 +252,15 @@ def test_requests_that_are_sent_ahead_wait_in_the_socket(running: Running) -> No
 
 
 def test_a_head_has_its_time_from_when_it_is_read(registry: Path, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import deploy.serving.connection as it\nit.HEAD_S = 0.2\n")
+    (tmp_path / "sitecustomize.py").write_text("import deploy.serving.connection as it\nit.HEAD_S = 0.5\n")
     large = io.BytesIO()
     Image.new("RGB", (7000, 7000)).save(large, "PNG")
     slow = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % large.tell() + large.getvalue()
     live = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
     last = live.replace(b"Host", b"Connection: close\r\nHost")
     with serving(registry, tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}") as running:
-        said = talk(running.port, slow + live + last[:10], last[10:], pause_s=0.1)
-    assert said.count(b"HTTP/1.1 200 OK") == 3
+        said = talk(running.port, 2 * slow + live + last[:10], last[10:], pause_s=0.1, timeout_s=120)
+    assert said.count(b"HTTP/1.1 200 OK") == 4
 
 
 @pytest.mark.parametrize("how", ["Connection: close", "half closed"])
