@@ -152,7 +152,7 @@ class Challenge:
         self._on_stopped = on_stopped
         self._champion_failed: deque[bool] = deque(maxlen=RECENT)  # a picture
         self._challenger_failed: deque[bool] = deque(maxlen=RECENT)
-        self._is_stopped = False
+        self.is_stopped = False  # the second version
         self._found: dict[tuple[int, int], Comparison] = {}
         self._pending_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -160,14 +160,14 @@ class Challenge:
     def choose(self, champion: LiveModel) -> LiveModel:
         """Who answers a request that names no version."""
         challenger = self._models.challenger
-        is_open = self._second.answers and not self._is_stopped
+        is_open = self._second.answers and not self.is_stopped
         is_its = is_open and challenger is not None and random.random() < self._second.share
         return challenger if is_its and challenger is not None else champion
 
     def offer(self, answered: LiveModel, pictures: Sequence[Picture], outcomes: Sequence[Outcome]) -> None:
         """Compares what was answered, if it is to be compared; returns at once."""
         champion, challenger = self._models.champion, self._models.challenger
-        if champion is None or challenger is None or champion is challenger or self._is_stopped:
+        if champion is None or challenger is None or champion is challenger or self.is_stopped:
             return
         self._judge(answered, _failures(outcomes))
         if self._second.answers:
@@ -203,7 +203,7 @@ class Challenge:
 
     def end(self) -> None:
         """Gives the second version no more: another process of this server has stopped it."""
-        self._is_stopped = True
+        self.is_stopped = True
 
     def given_up(self, asked: LiveModel) -> None:
         """Takes note of a request that one of the two was at work on when its time was over or its client left."""
@@ -212,7 +212,7 @@ class Challenge:
     def _judge(self, asked: LiveModel, failures: Iterable[bool]) -> None:
         """Stops the second version if it failed too often of late."""
         champion, challenger = self._models.champion, self._models.challenger
-        if champion is None or challenger is None or champion is challenger or self._is_stopped:
+        if champion is None or challenger is None or champion is challenger or self.is_stopped:
             return
         if asked is champion:
             self._champion_failed.extend(failures)
@@ -227,7 +227,7 @@ class Challenge:
         may_fail = self._max_failures + share + chance
         if failed <= may_fail * num:
             return
-        self._is_stopped = True
+        self.is_stopped = True
         why = f"it failed on {failed} of its last {num} pictures, {may_fail:.0%} may"
         self._of(champion, challenger).stopped = why
         logger.error("version %d is stopped, the champion answers alone: %s", challenger.version, why)

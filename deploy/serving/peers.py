@@ -20,7 +20,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
-Kind = Literal["metrics", "statistics", "look", "comparisons", "end_second"]
+Kind = Literal["metrics", "statistics", "look", "comparisons", "end_second", "second_ended"]
 Handlers = Mapping[Kind, Callable[[], Awaitable[Any]]]
 
 LINE_BYTES = 1 << 26  # of all workers' metrics together

@@ -72,6 +72,7 @@ class Service:
             "look": self._own_look,
             "comparisons": self._own_comparisons,
             "end_second": self._own_end_second,
+            "second_ended": self._own_second_ended,
         }
         self._held_bytes = 0
         self._watcher = Watcher(self.models, every_s=settings.watch_s)
@@ -129,6 +130,8 @@ class Service:
         if self._worker is not None:
             self._peers = Peers(self._worker.end, self._own)
             await self._peers.start()
+            if self._challenge is not None and any(await self._of_all("second_ended")):  # before this one could be told
+                self._challenge.end()
 
     @property
     def has_peers(self) -> bool:
@@ -230,6 +233,9 @@ class Service:
     async def _own_end_second(self) -> None:
         if self._challenge is not None:
             self._challenge.end()
+
+    async def _own_second_ended(self) -> bool:
+        return self._challenge is not None and self._challenge.is_stopped
 
     def _second_stopped(self, version: int) -> None:
         self.metrics.stopped(version)

@@ -223,24 +223,6 @@ def test_a_second_version_that_fails_too_often_is_stopped(tmp_path: Path, option
         assert running.metric("tanuki_compared_total") == 15
 
 
-def test_a_second_version_that_one_worker_stops_is_stopped_in_all(tmp_path: Path) -> None:
-    add_version(tmp_path / "registry", tmp_path)
-    fragile = write_colour_bundle(tmp_path / "fragile", sharpness=4.0)
-    make_fragile(fragile.directory)
-    Registry(tmp_path / "registry").register(fragile.directory, {})
-    with serving(tmp_path / "registry", tmp_path, "--canary", "2=1", "--workers", "2") as running:
-
-        def versions() -> set[str]:
-            """Of answers on so many connections that all workers are among them."""
-            return {httpx.post(f"{running.url}/predict", content=PICTURE).json()["version"] for _ in range(20)}
-
-        assert versions() == {"2"}
-        while running.client.post("/predict", content=WHITE).status_code == 500:  # a connection is one worker's
-            pass
-        eventually(lambda: versions() == {"1"})
-        assert running.metric("tanuki_second_stopped_total") == 1
-
-
 @pytest.mark.parametrize("who_waits", ["the server", "the client"])
 def test_a_canary_that_is_too_slow_is_stopped(tmp_path: Path, who_waits: str) -> None:
     add_version(tmp_path / "registry", tmp_path)

@@ -8,11 +8,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deploy.registry import Registry
 from deploy.serving.listening import reserve
 from deploy.serving.settings import parse_settings
 from deploy.serving.worker import share_of
 from tests.deploy.serving.running import Running, add_version, eventually, make_champion, serving
-from tests.deploy.tiny_bundle import colour_image, encoded
+from tests.deploy.serving.test_comparison import WHITE, make_fragile
+from tests.deploy.tiny_bundle import colour_image, encoded, write_colour_bundle
 
 PICTURE = encoded(colour_image("blau"), "JPEG")
 REQUESTS = 40
@@ -90,6 +92,28 @@ def test_one_that_dies_is_replaced_and_none_outlives_the_server(root: Path, tmp_
         with socket.create_server(("127.0.0.1", running.port)):  # the port is free again
             pass
     assert any("worker 0 ended with code -9" in line["message"] for line in running.lines())
+
+
+@pytest.mark.slow
+def test_a_second_version_that_one_of_them_stops_is_stopped_in_all(root: Path, tmp_path: Path) -> None:
+    fragile = write_colour_bundle(tmp_path / "fragile", sharpness=2.0)
+    make_fragile(fragile.directory)
+    Registry(root).register(fragile.directory, {})
+
+    def versions(running: Running) -> set[str]:
+        return {ask(running).json()["version"] for _ in range(REQUESTS)}
+
+    with serving(root, tmp_path, "--workers", "2", "--canary", "3=1") as running:
+        while running.client.post("/predict", content=WHITE).status_code == 500:  # a connection is one worker's
+            pass
+        eventually(lambda: num_answering(running) == 2)
+        eventually(lambda: versions(running) == {"1"})
+        assert running.metric("tanuki_second_stopped_total") == 1
+        before = pids(running)
+        os.kill(min(before), signal.SIGKILL)
+        eventually(lambda: answers(running))
+        eventually(lambda: len(pids(running) - before) == 1 and num_answering(running) == 2)
+        assert versions(running) == {"1"}
 
 
 @pytest.mark.slow
