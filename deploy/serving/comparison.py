@@ -130,7 +130,8 @@ class Challenge:
         models: Hold it as ``challenger``.
         batcher: Asks.
         on_compared: Told of each picture: both versions, what became of it and the distance.
-        max_failures: Share of the second version's latest pictures, in 0..1, on which it may fail beyond the champion.
+        max_failures: Share of its latest pictures, in 0..1, on which the second version may fail beyond the champion's
+            own share and what chance makes of that.
         on_stopped: Told of the second version when it fails on more.
     """
 
@@ -166,9 +167,9 @@ class Challenge:
 
     def offer(self, answered: LiveModel, pictures: Sequence[Picture], outcomes: Sequence[Outcome]) -> None:
         """Compares what was answered, if it is to be compared; returns at once."""
-        champion, challenger = self._models.champion, self._models.challenger
-        if champion is None or challenger is None or champion is challenger or self.is_stopped:
+        if (both := self._both()) is None:
             return
+        champion, challenger = both
         self._judge(answered, _failures(outcomes))
         if self._second.answers:
             is_wanted = answered is challenger
@@ -211,9 +212,9 @@ class Challenge:
 
     def _judge(self, asked: LiveModel, failures: Iterable[bool]) -> None:
         """Stops the second version if it failed too often of late."""
-        champion, challenger = self._models.champion, self._models.challenger
-        if champion is None or challenger is None or champion is challenger or self.is_stopped:
+        if (both := self._both()) is None:
             return
+        champion, challenger = both
         if asked is champion:
             self._champion_failed.extend(failures)
         elif asked is challenger:
@@ -232,6 +233,13 @@ class Challenge:
         self._of(champion, challenger).stopped = why
         logger.error("version %d is stopped, the champion answers alone: %s", challenger.version, why)
         self._on_stopped(challenger.version)
+
+    def _both(self) -> tuple[LiveModel, LiveModel] | None:
+        """Champion and second version, as long as they are two and the second is not stopped."""
+        champion, challenger = self._models.champion, self._models.challenger
+        if champion is None or challenger is None or champion is challenger or self.is_stopped:
+            return None
+        return champion, challenger
 
     def _of(self, champion: LiveModel, challenger: LiveModel) -> Comparison:
         return self._found.setdefault((champion.version, challenger.version), Comparison())

@@ -51,7 +51,7 @@ class Settings:
     second_failures: Annotated[
         float,
         "share of its last 200 pictures on which a shadow or canary may fail, or still be at work when the request is "
-        "given up, beyond the champion's own; from the 5th failure on it is stopped",
+        "given up, beyond the champion's own and chance; from the 5th failure on it is stopped",
     ] = 0.05
     keep: Annotated[int, "earlier versions that stay loaded and addressable"] = 2
     watch_s: Annotated[
