@@ -44,7 +44,7 @@ from torch import nn
 from deploy.machine import available_cores
 from tasks import finetune, train_head
 from tasks.__main__ import run_stage
-from tasks.attack import attacked_on, classifier
+from tasks.attack import attacked_on, classifier, test_images
 from tasks.data.features import load_features
 from tasks.data.manifest import read_manifest, write_manifest
 from tasks.data.views import view_names
@@ -154,8 +154,8 @@ def _tuned(layout: Layout, params: Params, way: str) -> Facts:
     weights, head_dir = layout.backbone_weights, layout.head_dir
     if report.kept:
         weights, head_dir = layout.finetuned_dir / finetune.NETWORK_NAME, layout.finetuned_dir
-    head, data = read_head(head_dir), _test_pixels(layout, params)
-    network = finetune._load_network(layout, read_card(layout.backbone_card))
+    head, data = read_head(head_dir), test_images(layout)
+    network = finetune.load_network(layout, read_card(layout.backbone_card))
     network.load_trunk(load_file(weights))
     device = attacked_on(params.finetune)
     network.to(device)
@@ -188,8 +188,8 @@ def _speed(layout: Layout, params: Params) -> Facts:
     card, head, images = read_card(layout.backbone_card), read_head(layout.head_dir), read_manifest(layout.accepted)
     num_train, num_val = (int((images["split"] == split).sum()) for split in ("train", "val"))
     settings, sessions = (
-        finetune._settings(card, params.seed, params.finetune, "cpu"),
-        finetune._open_preprocessing(layout, card),
+        finetune.tuning_settings(card, params.seed, params.finetune, "cpu"),
+        finetune.open_preprocessing(layout, card),
     )
     size, views = settings.batch_size, params.finetune.views
     length = stage_length(
@@ -202,9 +202,9 @@ def _speed(layout: Layout, params: Params) -> Facts:
     )
     some = images[images["split"] == "train"].sample(size * TIMED_STEPS, random_state=0)
     crops = view_names(2, params.augment.hflip)[1:]
-    data = finetune._labelled(layout, some, head, sessions, crops, params.augment)
+    data = finetune.labelled_pixels(layout, some, head, sessions, crops, params.augment)
     with deterministic_torch(available_cores()):
-        network = finetune._load_network(layout, card).to(memory_format=torch.channels_last)
+        network = finetune.load_network(layout, card).to(memory_format=torch.channels_last)
         fill_s, step_s, judge_s = _ours(network, head, data, settings, length, layout.checkpoints_dir)
         full_step_s, full_judge_s = _as_tutorials_do(layout, head, data, size)
     seen = num_train * views + num_val
@@ -260,12 +260,6 @@ def _as_tutorials_do(layout: Layout, head: Head, data: LabelledPixels, size: int
         for pixels in data.pixels.batches(batches[:1]):
             linear(network(torch.from_numpy(pixels)))
     return step_s, (time.process_time() - began) / size
-
-
-def _test_pixels(layout: Layout, params: Params) -> LabelledPixels:
-    card, head, images = read_card(layout.backbone_card), read_head(layout.head_dir), read_manifest(layout.accepted)
-    sessions = finetune._open_preprocessing(layout, card)
-    return finetune._labelled(layout, images[images["split"] == "test"], head, sessions, ("centre",), params.augment)
 
 
 def _answers(head: Head, logits: NDArray[np.float32], labels: Sequence[str]) -> Facts:

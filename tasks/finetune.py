@@ -194,12 +194,12 @@ def _tuned(
     head = dataclasses.replace(head, bias=head.bias - shift)
     threads = max(1, available_cores() // processes.count())
     with deterministic_torch(threads, strict=compute.device == "cpu"):
-        network = _load_network(layout, card)
+        network = load_network(layout, card)
         place(network, compute)
-        sessions = _open_preprocessing(layout, card)
-        train_pixels = _labelled(layout, train, head, sessions, report.views, augment)
-        val_pixels = _labelled(layout, val, head, sessions, (CENTRE,), augment)
-        settings = _settings(card, seed, finetune, compute.device)
+        sessions = open_preprocessing(layout, card)
+        train_pixels = labelled_pixels(layout, train, head, sessions, report.views, augment)
+        val_pixels = labelled_pixels(layout, val, head, sessions, (CENTRE,), augment)
+        settings = tuning_settings(card, seed, finetune, compute.device)
         work: dict[str, Any] = {"train": train_pixels, "val": val_pixels, "settings": settings}
         told = partial(_write_epochs, layout) if processes.is_first() else lambda _: None
         work |= {"checkpoints": checkpoints, "on_epoch": told}
@@ -211,7 +211,7 @@ def _tuned(
             tuned = fine_tune(network, head, stages=plain, **work)
         if ADVERSARIAL in finetune.stages:
             work |= {"mean": card.mean, "std": card.std}
-            adversarial = _adversarial_settings(card, finetune, compute.device)
+            adversarial = adversarial_settings(card, finetune, compute.device)
             tuned = harden(network, tuned, adversarial=adversarial, **work)
     report, head = _concluded(report, tuned, val_pixels.labels)
     head = dataclasses.replace(head, bias=head.bias + shift)
@@ -263,7 +263,7 @@ def _run_digest(
     return sha256_bytes(json.dumps(facts, sort_keys=True).encode())
 
 
-def _load_network(layout: Layout, card: BackboneCard) -> Network:
+def load_network(layout: Layout, card: BackboneCard) -> Network:
     """The backbone with its pretrained weights.
 
     Raises:
@@ -283,14 +283,14 @@ def _load_network(layout: Layout, card: BackboneCard) -> Network:
     return network
 
 
-def _open_preprocessing(layout: Layout, card: BackboneCard) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+def open_preprocessing(layout: Layout, card: BackboneCard) -> tuple[ort.InferenceSession, ort.InferenceSession]:
     """The backbone's own preprocessing, and the same without its central crop (for random squares)."""
     opset = max(entry.version for entry in onnx.load(layout.preprocess_onnx).opset_import)
     crop = preprocessing_graph(size_px=card.size_px, crop_fraction=1.0, mean=card.mean, std=card.std, opset=opset)
     return open_session(layout.preprocess_onnx), open_session(crop.SerializeToString())
 
 
-def _labelled(
+def labelled_pixels(
     layout: Layout,
     rows: pd.DataFrame,
     head: Head,
@@ -315,7 +315,7 @@ def _labelled(
     return LabelledPixels(pixels, np.array([index_of[label] for label in rows["label"]], np.int64))
 
 
-def _settings(card: BackboneCard, seed: int, finetune: FinetuneParams, device: DeviceName) -> TuningSettings:
+def tuning_settings(card: BackboneCard, seed: int, finetune: FinetuneParams, device: DeviceName) -> TuningSettings:
     """The parameters, with what is ``auto`` taken from the family's recipe."""
     recipe = recipe_for(card.architecture)
     rate = finetune.learning_rate
@@ -341,7 +341,7 @@ def _affordable_tflop(device: DeviceName) -> float:
     return CPU_TFLOP if device == "cpu" else GPU_TFLOP
 
 
-def _adversarial_settings(card: BackboneCard, finetune: FinetuneParams, device: DeviceName) -> AdversarialSettings:
+def adversarial_settings(card: BackboneCard, finetune: FinetuneParams, device: DeviceName) -> AdversarialSettings:
     """The parameters, with what is ``auto`` filled in, and epsilon as a share of the range of a value."""
     values = finetune.adversarial.model_dump()
     values["epsilon"] /= 255

@@ -120,9 +120,9 @@ def stage_inputs(
 ) -> tuple[BackboneCard, Network, Head, LabelledPixels, LabelledPixels]:
     """What the stage finetune reads of a workspace: card, network and probe, training and validation pictures."""
     card, head = read_card(layout.backbone_card), read_head(layout.head_dir)
-    sessions, frame = finetune._open_preprocessing(layout, card), read_manifest(layout.accepted)
+    sessions, frame = finetune.open_preprocessing(layout, card), read_manifest(layout.accepted)
     train, val = (
-        finetune._labelled(layout, frame[frame["split"] == split], head, sessions, (CENTRE,), augment)
+        finetune.labelled_pixels(layout, frame[frame["split"] == split], head, sessions, (CENTRE,), augment)
         for split in ("train", "val")
     )
-    return card, finetune._load_network(layout, card), head, train, val
+    return card, finetune.load_network(layout, card), head, train, val

@@ -425,7 +425,7 @@ def test_a_loss_that_is_no_number_stops_the_stage_and_the_best_epoch_so_far_is_j
     changes = {"epochs": 4, "max_fall": 1.0, "learning_rate": 2e-3}
     adversarial = params.finetune.adversarial.model_copy(update=changes)
     brisk = params.finetune.model_copy(update={"batch_size": 20, "adversarial": adversarial})
-    settings = finetune._settings(card, 0, brisk, "cpu")
+    settings = finetune.tuning_settings(card, 0, brisk, "cpu")
 
     def spoil(curve: Sequence[EpochRecord]) -> None:
         if len(curve) == 2:
@@ -442,7 +442,7 @@ def test_a_loss_that_is_no_number_stops_the_stage_and_the_best_epoch_so_far_is_j
         mean=card.mean,
         std=card.std,
         settings=settings,
-        adversarial=finetune._adversarial_settings(card, brisk, "cpu"),
+        adversarial=finetune.adversarial_settings(card, brisk, "cpu"),
         checkpoints=CheckpointFile(layout.checkpoints_dir / "c.safetensors", "digest"),
         on_epoch=spoil,
     )

@@ -638,7 +638,7 @@ def test_a_loss_that_is_no_number_stops_the_stage_names_the_pictures_and_keeps_t
             train=train,
             val=val,
             stages=("top",),
-            settings=finetune._settings(card, 0, brisk, "cpu"),
+            settings=finetune.tuning_settings(card, 0, brisk, "cpu"),
             checkpoints=CheckpointFile(layout.checkpoints_dir / "c.safetensors", "digest"),
             on_epoch=spoil,
         )
