@@ -27,6 +27,7 @@ from tasks.models.backbone_card import read_card
 from tasks.models.head import read_head
 from tasks.models.weights import read_weights
 from tasks.params import load_params
+from tasks.training import attacks
 from tasks.training.adversarial import (
     STRONGEST,
     AdversarialRecord,
@@ -289,6 +290,25 @@ def test_pgd_misleads_a_linear_model_wherever_it_can_be(seed: int) -> None:
     assert sizes[1:2] in ([], [int(right(images).sum())])
     alone = pgd(model, images[:1], labels[:1], epsilon=0.1, num_steps=10, rng=np.random.default_rng(seed))
     torch.testing.assert_close(alone, found[:1], atol=1e-6, rtol=0)
+
+
+def test_a_cpu_attacks_a_few_pictures_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    images = torch.from_numpy(generator.uniform(size=(8, 3, 2, 2)).astype(np.float32))
+    weight = torch.from_numpy(generator.normal(size=(3, 12)).astype(np.float32))
+    labels, sizes = torch.from_numpy(generator.integers(3, size=8)), list[int]()
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        return x.flatten(1) @ weight.T
+
+    def found() -> torch.Tensor:
+        return climb(model, images, labels, epsilon=0.1, num_steps=2, rng=np.random.default_rng(0))
+
+    together = found()
+    monkeypatch.setattr(attacks, "CPU_PART_PX", 3 * 2 * 2)
+    torch.testing.assert_close(found(), together, atol=0, rtol=0)
+    assert sizes == [8, 8, 3, 3, 2, 3, 3, 2]
 
 
 def test_pgd_counts_a_picture_that_any_step_misleads(target: Target) -> None:
