@@ -6,7 +6,7 @@ and export_onnx.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +32,15 @@ class Boundary:
 
     maps: Tensor
     pooled: Tensor
+
+    def split(self, size: int) -> Iterator["Boundary"]:
+        """The same of at most ``size`` pictures at a time."""
+        return map(Boundary, torch.split(self.maps, size), torch.split(self.pooled, size))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Boundary"]) -> "Boundary":
+        """Of all their pictures."""
+        return cls(torch.cat([each.maps for each in parts]), torch.cat([each.pooled for each in parts]))
 
 
 class Network(nn.Module):

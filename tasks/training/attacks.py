@@ -16,14 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tasks.training.device import at_once
+
 FGSM_RS_STEP = 1.25
 PGD_REACH = 2.5
 """Steps of PGD over epsilon, all together: enough to cross the ball from any start."""
-
-CPU_PART_PX = 8 * 224 * 224
-"""Pixels of the pictures that go through a model at once. The C library gets maps above 32 MB from the kernel anew each
-time, page by page, and larger ones leave the caches. At 224 px eight pictures take .52 (mobilenet_v2), .77
-(squeezenet1_1) and .95 (resnet18) of the time of 32 in float32, .74, .87 and 1.04 in bfloat16 (two cores)."""
 
 Model = Callable[[Tensor], Tensor]
 """Pictures (B, 3, S, S) in [0, 1] to logits (B, C)."""
@@ -122,20 +119,13 @@ def _margins_and_ascent(model: Model, images: Tensor, labels: Tensor) -> tuple[T
     one's gradient, and a confident model, such as one with a temperature below 1, would seem robust.
     """
     margins, signs = [], []
-    size = _at_once(images)
+    size = at_once(images)
     for start in range(0, len(images), size):
         moving = images[start : start + size].detach().requires_grad_()
         found = _margins(model(moving), labels[start : start + size])
         margins.append(found.detach())
         signs.append(torch.autograd.grad(found.sum(), moving)[0].sign())
     return torch.cat(margins), torch.cat(signs)
-
-
-def _at_once(images: Tensor) -> int:
-    """How many of some pictures (B, 3, S, S) go through a model at once; all on a GPU."""
-    if images.device.type != "cpu":
-        return len(images)
-    return max(1, CPU_PART_PX // (images.shape[2] * images.shape[3]))
 
 
 def _margins(logits: Tensor, labels: Tensor) -> Tensor:

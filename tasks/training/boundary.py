@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tasks.models.architectures import Boundary, Network
 from tasks.progress import progress
 from tasks.training.augmented import Item, PixelSource
-from tasks.training.device import on_device
+from tasks.training.device import at_once, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,8 @@ class RecomputedBoundary:
         for pixels in self.pixels.batches(batches):
             with torch.no_grad():
                 images = on_device(torch.from_numpy(pixels), self.network.device)
-                boundary = self.network.forward_until(images, self.group)
-            yield boundary
+                parts = [self.network.forward_until(each, self.group) for each in torch.split(images, at_once(images))]
+            yield Boundary.joined(parts)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from tasks.training import processes
 from tasks.training.augmented import Item, LabelledPixels, PixelSource
 from tasks.training.boundary import BoundarySource, RecomputedBoundary, open_boundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
-from tasks.training.device import memory_format, wait_for
+from tasks.training.device import at_once, memory_format, wait_for
 from tasks.training.schedule import (
     USELESS_STEPS,
     StageLength,
@@ -559,7 +559,13 @@ def embeddings_of(network: Network, group: int, source: BoundarySource, batch_si
     """Embeddings (N, D) of every picture in its first view, in float32."""
     batches = batched([(index, 0) for index in range(source.num_images)], batch_size)
     with network.exactly():
-        return torch.cat([network.forward_from(boundary, group) for boundary in source.batches(batches)])
+        return torch.cat(
+            [
+                network.forward_from(part, group)
+                for boundary in source.batches(batches)
+                for part in boundary.split(at_once(boundary.maps))
+            ]
+        )
 
 
 @torch.no_grad()

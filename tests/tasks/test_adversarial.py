@@ -27,7 +27,6 @@ from tasks.models.backbone_card import read_card
 from tasks.models.head import read_head
 from tasks.models.weights import read_weights
 from tasks.params import load_params
-from tasks.training import attacks
 from tasks.training.adversarial import (
     STRONGEST,
     AdversarialRecord,
@@ -306,7 +305,7 @@ def test_a_cpu_attacks_a_few_pictures_at_once(monkeypatch: pytest.MonkeyPatch) -
         return climb(model, images, labels, epsilon=0.1, num_steps=2, rng=np.random.default_rng(0))
 
     together = found()
-    monkeypatch.setattr(attacks, "CPU_PART_PX", 3 * 2 * 2)
+    monkeypatch.setattr("tasks.training.device.CPU_PART_PX", 3 * 2 * 2)
     torch.testing.assert_close(found(), together, atol=0, rtol=0)
     assert sizes == [8, 8, 3, 3, 2, 3, 3, 2]
 

@@ -284,6 +284,26 @@ def test_kept_and_recomputed_activations_agree(layout: Layout, tmp_path: Path, a
     assert not list(tmp_path.glob("*.tmp")), "the file of activations has no name to leave behind"
 
 
+def test_on_a_cpu_a_few_pictures_at_once_go_through_the_frozen_part_and_what_is_judged(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, sizes = small_network("mobilenet_v3_small"), list[int]()
+    network.trunk.features[0].register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    pixels = pixel_source(layout, 5, ("centre",))
+    frozen, pictures = (RecomputedBoundary(network, group, pixels) for group in (network.num_groups - 1, 0))
+
+    def found() -> list[torch.Tensor]:
+        (boundary,) = frozen.batches([[(row, 0) for row in range(5)]])
+        assert boundary.maps.is_contiguous(memory_format=torch.channels_last)
+        return [boundary.maps, boundary.pooled, embeddings_of(network, 0, pictures, batch_size=5)]
+
+    together = found()
+    monkeypatch.setattr("tasks.training.device.CPU_PART_PX", 2 * SIZE_PX**2)
+    for part, whole in zip(found(), together, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
+    assert sizes == [5, 5, 2, 2, 1, 2, 2, 1]
+
+
 def small_network(architecture: str) -> Network:
     """Random weights whose BatchNorm statistics fit them."""
     torch.manual_seed(0)
