@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -57,22 +59,17 @@ class PixelSource:
     max_pixels: int
     workers: int
 
-    def pixels(self, item: Item) -> NDArray[np.float32]:
-        """Network input of one picture in one view.
+    def pixels(self, index: int, views: Sequence[int]) -> list[NDArray[np.float32]]:
+        """Network input of one picture in some views, by their indices; it is decoded once.
 
         Returns:
-            (3, S, S) float32, normalised.
+            (3, S, S) float32, normalised, for each.
 
         Raises:
             DataError: If the file is gone or is not the one that was indexed.
         """
-        index, view = item[0], self.views[item[1]]
         image = self._decode(index)
-        shown = apply_view(
-            image, view, key=self.shas[index], min_area_fraction=self.min_area_fraction, hflip=self.hflip
-        )
-        session = self.crop if is_crop(view) else self.whole
-        return cast(NDArray[np.float32], session.run(["pixels"], {"images": shown[None]})[0][0])
+        return [self._shown(image, self.shas[index], self.views[view]) for view in views]
 
     def batches(self, batches: Iterable[Sequence[Item]]) -> Iterator[NDArray[np.float32]]:
         """Network input of batch after batch, in order, made ahead of time.
@@ -80,17 +77,25 @@ class PixelSource:
         Yields:
             (B, 3, S, S) float32.
         """
-        pending: deque[list[Future[NDArray[np.float32]]]] = deque()
+        pending: deque[list[Future[list[NDArray[np.float32]]]]] = deque()
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="pixels")
         try:
             for batch in batches:
-                pending.append([pool.submit(self.pixels, item) for item in batch])
+                neighbours = groupby(batch, key=itemgetter(0))  # of one picture
+                pending.append(
+                    [pool.submit(self.pixels, index, [view for _, view in items]) for index, items in neighbours]
+                )
                 if len(pending) > BATCHES_AHEAD:
                     yield _stacked(pending.popleft())
             while pending:
                 yield _stacked(pending.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _shown(self, image: NDArray[np.uint8], sha256: str, view: str) -> NDArray[np.float32]:
+        shown = apply_view(image, view, key=sha256, min_area_fraction=self.min_area_fraction, hflip=self.hflip)
+        session = self.crop if is_crop(view) else self.whole
+        return cast(NDArray[np.float32], session.run(["pixels"], {"images": shown[None]})[0][0])
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
         path = self.files[index]
@@ -119,5 +124,5 @@ class LabelledPixels:
     labels: NDArray[np.int64]
 
 
-def _stacked(futures: list[Future[NDArray[np.float32]]]) -> NDArray[np.float32]:
-    return np.stack([future.result() for future in futures])  # (B, 3, S, S)
+def _stacked(futures: list[Future[list[NDArray[np.float32]]]]) -> NDArray[np.float32]:
+    return np.stack([shown for future in futures for shown in future.result()])  # (B, 3, S, S)

@@ -93,8 +93,8 @@ class CachedBoundary:
     """Kept activations.
 
     Attributes:
-        maps: (V * N, ...) float16, channels last; row ``view * N + picture``.
-        pooled: (V * N, P) float32.
+        maps: (N * V, ...) float16, channels last; row ``picture * V + view``.
+        pooled: (N * V, P) float32.
         num_images: N.
         num_views: V.
         device: Where they are handed out.
@@ -109,7 +109,7 @@ class CachedBoundary:
 
     def batches(self, batches: Iterable[Sequence[Item]]) -> Iterator[Boundary]:
         for batch in batches:
-            rows = [view * self.num_images + index for index, view in batch]
+            rows = [index * self.num_views + view for index, view in batch]
             maps = torch.from_numpy(self.maps[rows]).to(self.device).float()  # (B, H, W, C), or tokens (B, T, C)
             maps = on_device(maps.permute(CHANNELS_TO_FRONT[maps.ndim]), self.device)
             yield Boundary(maps, torch.from_numpy(self.pooled[rows]).to(self.device))
@@ -162,7 +162,7 @@ def _fill(
     source: RecomputedBoundary, first: Boundary, directory: Path, batch_size: int, what: str
 ) -> CachedBoundary | None:
     """Runs every (picture, view) through the frozen groups; None if an activation does not fit into float16."""
-    items = [(index, view) for view in range(source.num_views) for index in range(source.num_images)]
+    items = [(index, view) for index in range(source.num_images) for view in range(source.num_views)]
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     back = CHANNELS_TO_BACK[first.maps.ndim]
     shape = (len(items), *first.maps.permute(back).shape[1:])

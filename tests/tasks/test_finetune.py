@@ -20,9 +20,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from deploy.images import decode_image
 from deploy.runtime import open_session
 from flows.shards import bring_into
 from tasks import finetune
@@ -284,6 +286,23 @@ def test_kept_and_recomputed_activations_agree(layout: Layout, tmp_path: Path, a
     assert not list(tmp_path.glob("*.tmp")), "the file of activations has no name to leave behind"
 
 
+def test_a_picture_whose_views_are_kept_is_decoded_once(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = list[int]()
+
+    def counted(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
+        decoded.append(len(data))
+        return decode_image(data, max_pixels=max_pixels)
+
+    network = small_network("mobilenet_v3_small")
+    pixels = pixel_source(layout, 5, view_names(3, hflip=False))
+    monkeypatch.setattr("tasks.training.augmented.decode_image", counted)
+    work: dict[str, Any] = {"directory": tmp_path, "batch_size": 6, "what": "test"}
+    open_boundary(network, network.num_groups - 1, pixels, passes=3, max_bytes=10**9, **work)
+    assert len(decoded) == 1 + 5, "the first one tells the size of what is kept"
+
+
 def test_on_a_cpu_a_few_pictures_at_once_go_through_the_frozen_part_and_what_is_judged(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +340,7 @@ def small_network(architecture: str) -> Network:
 
 def test_crops_are_seen_and_centre_is_the_plain_picture(layout: Layout) -> None:
     pixels = pixel_source(layout, 3, ("centre", "crop-1"))
-    centre, crop = pixels.pixels((0, 0)), pixels.pixels((0, 1))
+    centre, crop = pixels.pixels(0, [0, 1])
     assert centre.shape == crop.shape == (3, SIZE_PX, SIZE_PX)
     assert not np.array_equal(centre, crop)
     batches = list(pixels.batches([[(0, 0), (1, 0)], [(2, 0)], [(0, 1)], [(0, 0)]]))
@@ -875,6 +894,7 @@ def test_two_processes_learn_what_one_learns(layout: Layout, repository: Path, t
 STEPS_OF_TWO = """
 import sys
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tasks.models.architectures import Boundary
 from tasks.training import processes
