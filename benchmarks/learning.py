@@ -155,10 +155,8 @@ def _tuned(layout: Layout, params: Params, way: str) -> Facts:
     if report.kept:
         weights, head_dir = layout.finetuned_dir / finetune.NETWORK_NAME, layout.finetuned_dir
     head, data = read_head(head_dir), test_images(layout)
-    network = finetune.load_network(layout, read_card(layout.backbone_card))
-    network.load_trunk(load_file(weights))
     device = attacked_on(params.finetune)
-    network.to(device)
+    network = classifier(layout, weights, head_dir, device).network
     with deterministic_torch(available_cores(), strict=device == "cpu"):
         logits = logits_of(network, head, data.pixels, params.finetune.batch_size)
         facts |= _answers(head, logits, [head.labels[label] for label in data.labels])

@@ -191,7 +191,7 @@ def answered_rightly(
         rows: N indices of pictures.
         attacks: By name.
         seed: Of the attacks' random draws; the same for the same result.
-        batch_size: Pictures at once.
+        batch_size: Pictures that are decoded together; of which `at_once` says how many are attacked so.
     """
     right: dict[str, list[Tensor]] = {name: [] for name in attacks}
     rng = np.random.default_rng(seed)

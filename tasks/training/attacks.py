@@ -120,9 +120,9 @@ def _margins_and_ascent(model: Model, images: Tensor, labels: Tensor) -> tuple[T
     """
     margins, signs = [], []
     size = at_once(images)
-    for start in range(0, len(images), size):
-        moving = images[start : start + size].detach().requires_grad_()
-        found = _margins(model(moving), labels[start : start + size])
+    for part, classes in zip(torch.split(images, size), torch.split(labels, size), strict=True):
+        moving = part.detach().requires_grad_()
+        found = _margins(model(moving), classes)
         margins.append(found.detach())
         signs.append(torch.autograd.grad(found.sum(), moving)[0].sign())
     return torch.cat(margins), torch.cat(signs)

@@ -135,7 +135,7 @@ def open_boundary(
         passes: How often each picture is asked for; fewer than it has views, and keeping costs more than it saves.
         max_bytes: Limit of the temporary file.
         directory: Where the temporary file goes.
-        batch_size: Pictures that the frozen part sees at once.
+        batch_size: Pictures of a batch; the frozen part sees of it what `at_once` says.
         what: Name of the work, for its progress.
 
     Returns:

@@ -291,23 +291,24 @@ def test_pgd_misleads_a_linear_model_wherever_it_can_be(seed: int) -> None:
     torch.testing.assert_close(alone, found[:1], atol=1e-6, rtol=0)
 
 
-def test_a_cpu_attacks_a_few_pictures_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = np.random.default_rng(0)
-    images = torch.from_numpy(generator.uniform(size=(8, 3, 2, 2)).astype(np.float32))
-    weight = torch.from_numpy(generator.normal(size=(3, 12)).astype(np.float32))
-    labels, sizes = torch.from_numpy(generator.integers(3, size=8)), list[int]()
+def test_a_cpu_attacks_eight_pictures_of_224_px_at_once() -> None:
+    """And finds what it finds for each alone; smaller ones go together."""
+    generator, sizes = np.random.default_rng(0), list[int]()
+    images = torch.from_numpy(generator.uniform(size=(20, 3, 224, 224)).astype(np.float32))
+    weight = torch.from_numpy(generator.normal(size=(3, 3)).astype(np.float32))
+    labels = torch.from_numpy(generator.integers(3, size=20))
 
     def model(x: torch.Tensor) -> torch.Tensor:
         sizes.append(len(x))
-        return x.flatten(1) @ weight.T
+        return x.mean((2, 3)) @ weight.T
 
-    def found() -> torch.Tensor:
-        return climb(model, images, labels, epsilon=0.1, num_steps=2, rng=np.random.default_rng(0))
-
-    together = found()
-    monkeypatch.setattr("tasks.training.device.CPU_PART_PX", 3 * 2 * 2)
-    torch.testing.assert_close(found(), together, atol=0, rtol=0)
-    assert sizes == [8, 8, 3, 3, 2, 3, 3, 2]
+    together = fgsm(model, images, labels, epsilon=0.1)
+    assert sizes == [8, 8, 4]
+    alone = [fgsm(model, images[[row]], labels[[row]], epsilon=0.1) for row in range(20)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=0, rtol=0)
+    sizes.clear()
+    fgsm(model, images[..., :64, :64], labels, epsilon=0.1)
+    assert sizes == [20]
 
 
 def test_pgd_counts_a_picture_that_any_step_misleads(target: Target) -> None:

@@ -20,11 +20,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from deploy.images import decode_image
 from deploy.runtime import open_session
 from flows.shards import bring_into
 from tasks import finetune
@@ -37,6 +35,7 @@ from tasks.layout import Layout
 from tasks.models.architectures import Network, build_network
 from tasks.models.backbone_card import read_card
 from tasks.models.head import Head, read_head, write_head
+from tasks.models.weights import read_weights
 from tasks.params import ScratchParams, load_params
 from tasks.training.augmented import PixelSource
 from tasks.training.boundary import CachedBoundary, RecomputedBoundary, open_boundary
@@ -247,10 +246,10 @@ def test_likelihood_of_certain_error_is_bounded() -> None:
 # The frozen boundary
 
 
-def pixel_source(layout: Layout, num: int, views: tuple[str, ...]) -> PixelSource:
+def pixel_source(layout: Layout, num: int, views: tuple[str, ...], size_px: int = SIZE_PX) -> PixelSource:
     rows = read_manifest(layout.accepted).iloc[:num]
     session = open_session(
-        preprocessing_graph(size_px=SIZE_PX, crop_fraction=1.0, mean=MEAN, std=STD, opset=20).SerializeToString()
+        preprocessing_graph(size_px=size_px, crop_fraction=1.0, mean=MEAN, std=STD, opset=20).SerializeToString()
     )
     return PixelSource(
         files=[layout.raw / path for path in rows["path"]],
@@ -283,58 +282,57 @@ def test_kept_and_recomputed_activations_agree(layout: Layout, tmp_path: Path, a
         with torch.no_grad():
             embeddings = [network.forward_from(boundary, group) for boundary in (one, other)]
         torch.testing.assert_close(*embeddings, rtol=5e-3, atol=5e-3)
+        if len(embeddings[0]) > 1:
+            assert float((embeddings[0][0] - embeddings[0][1]).abs().max()) > 0.1, "pictures make a difference"
     assert not list(tmp_path.glob("*.tmp")), "the file of activations has no name to leave behind"
 
 
-def test_a_picture_whose_views_are_kept_is_decoded_once(
-    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoded = list[int]()
+@dataclasses.dataclass(frozen=True)
+class CountedFile:
+    """A picture that takes note of being read, as it is each time before it is decoded."""
 
-    def counted(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
-        decoded.append(len(data))
-        return decode_image(data, max_pixels=max_pixels)
+    path: Path
+    reads: list[Path]
 
-    network = small_network("mobilenet_v3_small")
+    def read_bytes(self) -> bytes:
+        self.reads.append(self.path)
+        return self.path.read_bytes()
+
+
+def test_a_picture_whose_views_are_kept_is_decoded_once(layout: Layout, tmp_path: Path) -> None:
+    network, reads = small_network("mobilenet_v3_small"), list[Path]()
     pixels = pixel_source(layout, 5, view_names(3, hflip=False))
-    monkeypatch.setattr("tasks.training.augmented.decode_image", counted)
+    files = [layout.raw / path for path in read_manifest(layout.accepted)["path"].iloc[:5]]
+    pixels = dataclasses.replace(pixels, files=[CountedFile(path, reads) for path in files])
     work: dict[str, Any] = {"directory": tmp_path, "batch_size": 6, "what": "test"}
-    open_boundary(network, network.num_groups - 1, pixels, passes=3, max_bytes=10**9, **work)
-    assert len(decoded) == 1 + 5, "the first one tells the size of what is kept"
+    source, _ = open_boundary(network, network.num_groups - 1, pixels, passes=3, max_bytes=10**9, **work)
+    assert source.kind == "cached"
+    assert sorted(reads) == sorted([files[0], *files]), "the first one once more, for the size of what is kept"
 
 
-def test_on_a_cpu_a_few_pictures_at_once_go_through_the_frozen_part_and_what_is_judged(
-    layout: Layout, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_cpu_eight_pictures_of_224_px_go_through_the_frozen_part_at_once_and_are_judged(layout: Layout) -> None:
+    """And answer what they answer all together."""
     network, sizes = small_network("mobilenet_v3_small"), list[int]()
+    group, pixels = network.num_groups - 1, pixel_source(layout, 10, ("centre",), size_px=224)
+    (images,) = (torch.from_numpy(each) for each in pixels.batches([[(row, 0) for row in range(10)]]))
+    with torch.no_grad():
+        together, embeddings = network.forward_until(images, group), network(images)
     network.trunk.features[0].register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    pixels = pixel_source(layout, 5, ("centre",))
-    frozen, pictures = (RecomputedBoundary(network, group, pixels) for group in (network.num_groups - 1, 0))
-
-    def found() -> list[torch.Tensor]:
-        (boundary,) = frozen.batches([[(row, 0) for row in range(5)]])
-        assert boundary.maps.is_contiguous(memory_format=torch.channels_last)
-        return [boundary.maps, boundary.pooled, embeddings_of(network, 0, pictures, batch_size=5)]
-
-    together = found()
-    monkeypatch.setattr("tasks.training.device.CPU_PART_PX", 2 * SIZE_PX**2)
-    for part, whole in zip(found(), together, strict=True):
-        torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
-    assert sizes == [5, 5, 2, 2, 1, 2, 2, 1]
+    (boundary,) = RecomputedBoundary(network, group, pixels).batches([[(row, 0) for row in range(10)]])
+    judged = embeddings_of(network, 0, RecomputedBoundary(network, 0, pixels), batch_size=10)
+    assert sizes == [8, 2, 8, 2]
+    assert boundary.maps.is_contiguous(memory_format=torch.channels_last)
+    for found, expected in ((boundary.maps, together.maps), (boundary.pooled, together.pooled), (judged, embeddings)):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert float((expected[0] - expected[9]).abs().max()) > 0.1, "pictures make a difference"
 
 
 def small_network(architecture: str) -> Network:
-    """Random weights whose BatchNorm statistics fit them."""
+    """With the embedded weights where they are of that architecture, else random ones; pictures make a difference."""
     torch.manual_seed(0)
     network = build_network(architecture, depths=2)
-    norms = [each for each in network.modules() if isinstance(each, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.training = True
-    with torch.no_grad():
-        for _ in range(3):
-            network(torch.randn(8, 3, SIZE_PX, SIZE_PX))
-    for norm in norms:
-        norm.training = False
+    if architecture == "mobilenet_v3_small":
+        network.load_trunk(read_weights("embedded:glyphs_mobilenet_v3_small", root=Path(), sha256=None).state)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -894,7 +892,6 @@ def test_two_processes_learn_what_one_learns(layout: Layout, repository: Path, t
 STEPS_OF_TWO = """
 import sys
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tasks.models.architectures import Boundary
 from tasks.training import processes
