@@ -357,10 +357,11 @@ def test_trailers_say_nothing_and_are_limited(running: Running) -> None:
     assert said.startswith(b"HTTP/1.1 200")
     assert b"from-a-trailer" not in said
     assert talk(running.port, head + body, *[b"X-More: " + bytes([65]) * 30_000 + b"\r\n"] * 5) == b""
+    flood = [bytes([65]) * 30_000] * 20  # more than one read takes, of which what is beside a body is not counted
     start = time.monotonic()
-    assert talk(running.port, head + body + b"X-Endless: ", *[bytes([65]) * 30_000] * 5) == b""
-    assert talk(running.port, head + b"1;", *[bytes([65]) * 30_000] * 5) == b""
-    assert time.monotonic() - start < 1  # before its time was over
+    assert talk(running.port, head + body + b"X-Endless: ", *flood) == b""
+    assert talk(running.port, head + b"1;", *flood) == b""
+    assert time.monotonic() - start < 5  # the server closed them, and nobody here gave up
 
 
 def test_a_head_behind_a_body_is_counted_without_it(running: Running) -> None:
