@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from typing import Any
@@ -64,6 +64,7 @@ LEFT = 499  # who asked went away
 NAME = "x-request-id"  # in the metadata of a call and, at its end, of its answer
 
 Context = Any
+Metadata = Iterable[tuple[str, str | bytes]] | None
 Handler = Callable[["InferenceService", Any, "Call"], Awaitable[Any]]
 
 logger = logging.getLogger(__name__)
@@ -232,6 +233,32 @@ UNARY = {
     "ModelInfer": InferenceService.model_infer,
 }
 OPEN = ("ServerLive", "ServerReady")
+SERVICE = "inference.GRPCInferenceService"
+
+
+class AdmittingHandler(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """The calls of a service; one that brings no right token is refused before its message is read.
+
+    Args:
+        handlers: By the call's name.
+        admits: Whether a call's metadata let it in.
+        refuse: Makes of a call's name what ends it.
+    """
+
+    def __init__(
+        self,
+        handlers: Mapping[str, grpc.RpcMethodHandler],
+        admits: Callable[[Metadata], bool],
+        refuse: Callable[[str], grpc.RpcMethodHandler],
+    ) -> None:
+        self._handlers, self._admits, self._refuse = handlers, admits, refuse
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        service, _, name = handler_call_details.method.lstrip("/").partition("/")
+        handler = self._handlers.get(name) if service == SERVICE else None
+        if handler is None or name in OPEN or self._admits(handler_call_details.invocation_metadata):
+            return handler
+        return self._refuse(name)
 
 
 class GrpcServer:
@@ -294,7 +321,19 @@ class GrpcServer:
             self._guarded_stream(calls),
             response_serializer=calls.types["ModelStreamInferResponse"].SerializeToString,
         )
-        return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
+        return AdmittingHandler(handlers, self._admits, self._refused)
+
+    def _admits(self, metadata: Metadata) -> bool:
+        return self._service.admits(str(dict(metadata or ()).get("authorization", "")).encode())
+
+    def _refused(self, name: str) -> grpc.RpcMethodHandler:
+        async def refuse(_requests: AsyncIterator[bytes], context: Context) -> None:
+            call, problem = call_of(None, context), "this server wants a bearer token"
+            self._done(name, call, UNAUTHORIZED, problem)
+            context.set_trailing_metadata(((NAME, call.id),))
+            await context.abort(CODES[UNAUTHORIZED], problem)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)  # asks for no message by itself
 
     def _health(self) -> grpc.GenericRpcHandler:
         """The usual health check, which Kubernetes asks."""
@@ -321,8 +360,6 @@ class GrpcServer:
             context.set_trailing_metadata(((NAME, call.id),))
             try:
                 self._service.hold(len(data))
-                if name not in OPEN:
-                    self._admit(context)
                 answer = await method(calls, understood(request), call)
                 status = 200
             except RequestError as error:
@@ -369,11 +406,6 @@ class GrpcServer:
             return calls.types["ModelStreamInferResponse"](error_message=message, infer_response=failed)
 
         async def stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
-            try:
-                self._admit(context)
-            except RequestError as error:
-                self._done(STREAM, call_of(None, context), error.status, error.message)
-                await context.abort(CODES[error.status], error.message)
             async for request in requests:
                 yield await answered(request, context)
 
@@ -386,11 +418,6 @@ class GrpcServer:
         if status != LEFT and (problem is not None or self._service.settings.log_requests):
             facts = {"request_id": call.id, "status": status, "ms": round(seconds * 1e3, 2)}
             logger.info("gRPC %s %s", name, problem or "answered", extra=facts)
-
-    def _admit(self, context: Context) -> None:
-        metadata = dict(context.invocation_metadata() or ())
-        if not self._service.admits(str(metadata.get("authorization", "")).encode()):
-            raise RequestError(UNAUTHORIZED, "this server wants a bearer token")
 
 
 def _integers(parameters: Iterable[Any]) -> dict[str, int]:

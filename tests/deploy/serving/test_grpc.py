@@ -24,6 +24,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 client_module = pytest.importorskip("tritonclient.grpc")
 InferenceServerException = pytest.importorskip("tritonclient.utils").InferenceServerException
 
+SERVICE = "inference.GRPCInferenceService"
 OTHER_NAMES = {
     "Port": ("ModelMetadataResponse.TensorMetadata", "ModelInferResponse.InferOutputTensor"),
     "Value": ("InferParameter",),
@@ -341,14 +342,33 @@ def test_the_usual_health_check(running: Running) -> None:
 def test_tokens_keep_others_out_and_sigterm_ends_it(tmp_path: Path) -> None:
     add_version(tmp_path / "registry", tmp_path)
     (tmp_path / "tokens").write_text("secret\n")
-    with serving(tmp_path / "registry", tmp_path, "--grpc-port", "0", "--token-file", "tokens") as running:
+    options = ("--grpc-port", "0", "--token-file", "tokens", "--max-body-mb", "1")
+    with serving(tmp_path / "registry", tmp_path, *options) as running:
         with client_module.InferenceServerClient(f"127.0.0.1:{running.grpc_port}") as client:
             assert client.is_server_live()
-            with pytest.raises(InferenceServerException) as refused:
-                client.infer("tanuki", [images_input("blau")])
-            assert refused.value.status() == "StatusCode.UNAUTHENTICATED"
+            for headers in ({}, {"authorization": "Bearer wrong"}):
+                with pytest.raises(InferenceServerException) as refused:
+                    client.infer("tanuki", [images_input("blau")], headers=headers)
+                assert refused.value.status() == "StatusCode.UNAUTHENTICATED"
             told = client.infer("tanuki", [images_input("blau")], headers={"authorization": "Bearer secret"})
             assert told.as_numpy("probabilities").argmax() == 0
+        with grpc.insecure_channel(f"127.0.0.1:{running.grpc_port}") as channel:
+            infer = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+            stream = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")
+            too_large = bytes(2_000_000)
+            for ask in (
+                lambda **more: infer(too_large, **more),
+                lambda **more: next(stream(iter([too_large]), **more)),
+            ):
+                with pytest.raises(grpc.RpcError) as unread:
+                    ask()
+                assert unread.value.code() == grpc.StatusCode.UNAUTHENTICATED
+                with pytest.raises(grpc.RpcError) as read:
+                    ask(metadata=(("authorization", "Bearer secret"),))
+                assert read.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        running.client.headers["authorization"] = "Bearer secret"
+        for name, num in (("ModelInfer", 3), ("ModelStreamInfer", 1)):
+            assert running.metric(f'tanuki_requests_total{{code="401",route="grpc_{name}"}}') == num
         assert running.stop() == 0
 
 
