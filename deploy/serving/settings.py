@@ -62,7 +62,9 @@ class Settings:
     tls_key: Annotated[Path | None, "private key of the certificate (PEM)"] = None
     max_body_mb: Annotated[float, "largest body of a request, 10^6 bytes; compressed ones by what they unpack to"] = 32
     max_bodies_mb: Annotated[
-        float, "bodies of all requests together, 10^6 bytes, or one whole body; above it clients are told 429"
+        float,
+        "bodies of all requests together, 10^6 bytes, or one whole body; above it clients are told 429; gRPC's count "
+        "once they are read",
     ] = 256
     max_json_mb: Annotated[float, "largest JSON part of a request, 10^6 bytes: tensors belong into binary or JPEG"] = 8
     max_megapixels: Annotated[float, "largest picture, looked up in its header before it is decoded"] = 50
