@@ -195,7 +195,7 @@ def _tuned(
     threads = max(1, available_cores() // processes.count())
     with deterministic_torch(threads, strict=compute.device == "cpu"):
         network = load_network(layout, card)
-        place(network, compute)
+        place(network, compute, norms_are_frozen=SCRATCH not in finetune.stages)
         sessions = open_preprocessing(layout, card)
         train_pixels = labelled_pixels(layout, train, head, sessions, report.views, augment)
         val_pixels = labelled_pixels(layout, val, head, sessions, (CENTRE,), augment)

@@ -126,10 +126,18 @@ def _device(wanted: DeviceName | Literal["auto"], machine: Machine, num_processe
     return "cpu", "no CUDA device" + ("; MPS serves one process" if machine.has_mps else " and no MPS")
 
 
-def place(network: Network, compute: Compute) -> None:
-    """Brings the network's weights to the device; its layers compute in the precision from now on."""
+def place(network: Network, compute: Compute, *, norms_are_frozen: bool = True) -> None:
+    """Brings the network's weights to the device; its layers compute in the precision from now on.
+
+    Args:
+        network: In eval.
+        compute: Where and how.
+        norms_are_frozen: Whether BatchNorm keeps its statistics, as in all stages but that from random weights.
+    """
     if compute.device == "cpu":
-        fold_frozen_norms(use_fast_depthwise(network.trunk))
+        use_fast_depthwise(network.trunk)
+        if norms_are_frozen:
+            fold_frozen_norms(network.trunk)
     network.to(compute.device)
     network.precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}[compute.precision]
 

@@ -35,6 +35,7 @@ from tasks.training.staged import (
     StageTimes,
     epoch_batches,
     logits_of,
+    pictures_of,
     rounded,
     stage_progress,
 )
@@ -220,7 +221,10 @@ class _Scratch:
             logits = tuner.head(tuner.network(images[part]))
             return nn.functional.cross_entropy(logits, labels[part], label_smoothing=self.scratch.label_smoothing)
 
-        return tuner.descend(loss_of, len(batch))
+        try:
+            return tuner.descend(loss_of, len(batch))
+        except DivergedError as error:
+            raise DivergedError(f"{error} ({pictures_of(self.train.pixels, batch)})") from error
 
     def _batches(self, epoch: int) -> list[list[Item]]:
         """An epoch's batches; one of a single picture has no statistics and is left out."""

@@ -811,12 +811,22 @@ def test_from_scratch_starts_from_random_weights_and_is_taken_as_it_is(layout: L
     assert not layout.checkpoints_dir.exists()
 
 
+def test_from_scratch_batch_norm_learns_the_statistics_of_these_pictures(layout: Layout, repository: Path) -> None:
+    write_backbone(layout, "mobilenet_v3_small", size_px=SIZE_PX, depths=2)
+    write_probe(layout, load_trunk(layout))
+    run(layout, repository, stages=("scratch",), scratch=scratch_of(repository, 1e-3))
+    found = load_file(layout.finetuned_dir / "network.safetensors")
+    means = [values for name, values in found.items() if name.endswith("running_mean")]
+    assert len(means) > 20
+    assert all(values.abs().max() > 0 for values in means)
+
+
 def test_random_weights_that_diverge_leave_the_probe_and_say_so(layout: Layout, repository: Path) -> None:
     scratch = scratch_of(repository, 1e-3).model_copy(update={"learning_rate": 1e30})
     report = run(layout, repository, stages=("scratch",), scratch=scratch)
     (record,) = report.stages
     assert (report.kept, record.kept, record.val_accuracy_after) == ((), False, None)
-    assert record.reason.startswith("dropped: it diverged, the loss is nan at step ")
+    assert re.match(r"dropped: it diverged, the loss is nan at step \d+ \(.*\.png", record.reason)
     assert record.epochs >= 1
     assert [path.name for path in layout.finetuned_dir.iterdir()] == ["finetuned.json"]
     assert not layout.checkpoints_dir.exists()
