@@ -56,9 +56,9 @@ def main() -> None:
         data, size = test_images(layout), params.finetune.batch_size
         work = {"num_images": arguments.images, "epsilon": adversarial.epsilon / 255, "seed": params.seed}
         work |= {"batch_size": size, "confidence": params.evaluate.confidence}
-        device = attacked_on(settings)
-        with deterministic_torch(available_cores(), strict=device == "cpu"):
-            found = {name: measure(classifier(layout, *files, device), data, **work) for name, files in models.items()}
+        compute = attacked_on(settings)
+        with deterministic_torch(available_cores(), strict=compute.device == "cpu"):
+            found = {name: measure(classifier(layout, *files, compute), data, **work) for name, files in models.items()}
     print(f"epsilon {adversarial.epsilon:g}/255, {adversarial.attack}, {report.stages[-1].reason}\n")
     names = next(iter(found.values()))
     print(f"| | {' | '.join(names)} |\n|---|{'---|' * len(names)}")

@@ -155,14 +155,14 @@ def _tuned(layout: Layout, params: Params, way: str) -> Facts:
     if report.kept:
         weights, head_dir = layout.finetuned_dir / finetune.NETWORK_NAME, layout.finetuned_dir
     head, data = read_head(head_dir), test_images(layout)
-    device = attacked_on(params.finetune)
-    network = classifier(layout, weights, head_dir, device).network
-    with deterministic_torch(available_cores(), strict=device == "cpu"):
+    compute = attacked_on(params.finetune)
+    network = classifier(layout, weights, head_dir, compute).network
+    with deterministic_torch(available_cores(), strict=compute.device == "cpu"):
         logits = logits_of(network, head, data.pixels, params.finetune.batch_size)
         facts |= _answers(head, logits, [head.labels[label] for label in data.labels])
         if way == "adversarial":
             networks = {"probe": (layout.backbone_weights, layout.head_dir), "adversarial": (weights, head_dir)}
-            models = {name: classifier(layout, *files, device) for name, files in networks.items()}
+            models = {name: classifier(layout, *files, compute) for name, files in networks.items()}
             facts |= _attacked(params, data, models)
     return facts
 

@@ -9,12 +9,11 @@ epsilon that makes it another class; a cleverer attack may.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.torch import load_file
-from torch import nn, tensor
 
 from deploy.machine import available_cores
 from deploy.runtime import open_session
@@ -30,7 +29,7 @@ from tasks.training.adversarial import MEANING, PixelClassifier, answered_rightl
 from tasks.training.attacks import pgd
 from tasks.training.augmented import LabelledPixels, PixelSource
 from tasks.training.auto_attack import auto_attack, is_installed
-from tasks.training.device import choose_compute, this_machine
+from tasks.training.device import choose_compute, place, this_machine
 from tasks.training.staged import deterministic_torch
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 
     from tasks.layout import Layout
     from tasks.params import AttackParams, EvaluateParams, FinetuneParams
+    from tasks.training.device import Compute
 
 MAX_PIXELS = 10**9  # index_images has judged the size of these bytes
 LONG_STEPS, LONG_STARTS = 50, 5
@@ -84,11 +84,11 @@ def run(
     weights = layout.finetuned_dir / NETWORK_NAME if tuned else layout.backbone_weights
     if not is_installed():
         logger.warning("without AutoAttack: it needs the extra robust (uv pip install 'tanuki[robust]')")
-    device = attacked_on(finetune)
-    with deterministic_torch(available_cores(), strict=device == "cpu"):
+    compute = attacked_on(finetune)
+    with deterministic_torch(available_cores(), strict=compute.device == "cpu"):
         data = test_images(layout)
         accuracy = measure(
-            classifier(layout, weights, layout.finetuned_dir if tuned else layout.head_dir, device),
+            classifier(layout, weights, layout.finetuned_dir if tuned else layout.head_dir, compute),
             data,
             num_images=attack.images,
             epsilon=finetune.adversarial.epsilon / 255,
@@ -108,24 +108,23 @@ def run(
     )
 
 
-def attacked_on(finetune: FinetuneParams) -> str:
+def attacked_on(finetune: FinetuneParams) -> Compute:
     """Where to attack: on ``finetune.device``, but for MPS, which AutoAttack's toolbox does not know.
 
     Raises:
         ParamsError: If it is not there.
     """
-    device = choose_compute(finetune.device, "float32", this_machine()).device
-    return "cpu" if device == "mps" else device
+    compute = choose_compute(finetune.device, "float32", this_machine())
+    return replace(compute, device="cpu") if compute.device == "mps" else compute
 
 
-def classifier(layout: Layout, weights: Path, head_dir: Path, device: str) -> PixelClassifier:
+def classifier(layout: Layout, weights: Path, head_dir: Path, compute: Compute) -> PixelClassifier:
     """A network from its files on a device, pictures in [0, 1] to logits."""
     card, head = read_card(layout.backbone_card), read_head(head_dir)
     network = build_network(card.architecture, depths=card.depths)
     network.load_trunk(load_file(weights))
-    linear = nn.Linear(network.feature_dim, len(head.labels))
-    linear.load_state_dict({"weight": tensor(head.weight), "bias": tensor(head.bias)})
-    return PixelClassifier(network.to(device), linear.to(device), card.mean, card.std)
+    place(network, compute)
+    return PixelClassifier.of(network, head, card.mean, card.std)
 
 
 def test_images(layout: Layout) -> LabelledPixels:

@@ -183,7 +183,7 @@ def _tuned(
 ) -> tuple[FinetuneReport, tuple[StageTimes, ...]]:
     """Tries the stages and writes what came of them."""
     from tasks.training import processes
-    from tasks.training.adversarial import harden
+    from tasks.training.adversarial import PixelClassifier, harden, measured_again
     from tasks.training.device import place
     from tasks.training.scratch import from_scratch
     from tasks.training.staged import deterministic_torch, fine_tune
@@ -213,8 +213,14 @@ def _tuned(
             work |= {"mean": card.mean, "std": card.std}
             adversarial = adversarial_settings(card, finetune, compute.device)
             tuned = harden(network, tuned, adversarial=adversarial, **work)
-    report, head = _concluded(report, tuned, val_pixels.labels)
-    head = dataclasses.replace(head, bias=head.bias + shift)
+        report, head = _concluded(report, tuned, val_pixels.labels)
+        head = dataclasses.replace(head, bias=head.bias + shift)
+        if ADVERSARIAL in report.kept and shift.any():
+            *others, record = report.stages
+            model = PixelClassifier.of(network, head, card.mean, card.std)
+            given: dict[str, Any] = {"settings": settings, "adversarial": adversarial, "position": len(others)}
+            record = measured_again(record, model, val_pixels, **given)
+            report = dataclasses.replace(report, stages=(*others, record))
     processes.wait_for_all()
     if processes.is_first():
         _write(layout, report, network if report.kept else None, head)

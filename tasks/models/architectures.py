@@ -33,10 +33,6 @@ class Boundary:
     maps: Tensor
     pooled: Tensor
 
-    def split(self, size: int) -> Iterator["Boundary"]:
-        """The same of at most ``size`` pictures at a time."""
-        return map(Boundary, torch.split(self.maps, size), torch.split(self.pooled, size))
-
     @classmethod
     def joined(cls, parts: Sequence["Boundary"]) -> "Boundary":
         """Of all their pictures."""

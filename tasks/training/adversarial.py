@@ -36,7 +36,8 @@ from torch import Tensor, nn
 
 from tasks.evaluation.metrics import Accuracy, accuracy_of
 from tasks.models.architectures import Network
-from tasks.training.attacks import climb, fgsm, fgsm_rs, pgd
+from tasks.models.head import Head
+from tasks.training.attacks import all_logits, climb, fgsm, fgsm_rs, pgd
 from tasks.training.augmented import Item, LabelledPixels
 from tasks.training.boundary import RecomputedBoundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
@@ -108,7 +109,7 @@ class AdversarialRecord(StageRecord):
         best_epoch: The one that was taken.
         num_attacked: Validation pictures that were attacked.
         robustness_before: Accuracy by attack (``clean`` is none) at the start.
-        robustness_after: Of the epoch that was taken.
+        robustness_after: Of the epoch that was taken, with the head that ships.
         meaning: What these numbers are.
     """
 
@@ -136,6 +137,13 @@ class PixelClassifier(nn.Module):
         super().__init__()
         self.network, self.head = network, head
         self.mean, self.std = (torch.tensor(each, device=network.device).view(1, 3, 1, 1) for each in (mean, std))
+
+    @classmethod
+    def of(cls, network: Network, head: Head, mean: Sequence[float], std: Sequence[float]) -> "PixelClassifier":
+        """With a head as it ships."""
+        linear = nn.Linear(network.feature_dim, len(head.labels))
+        linear.load_state_dict({"weight": torch.tensor(head.weight), "bias": torch.tensor(head.bias)})
+        return cls(network, linear.to(network.device), mean, std)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of pictures (B, 3, S, S)."""
@@ -191,7 +199,7 @@ def answered_rightly(
         rows: N indices of pictures.
         attacks: By name.
         seed: Of the attacks' random draws; the same for the same result.
-        batch_size: Pictures that are decoded together; of which `at_once` says how many are attacked so.
+        batch_size: Pictures that are decoded together; attacked in parts as `in_parts` says.
     """
     right: dict[str, list[Tensor]] = {name: [] for name in attacks}
     rng = np.random.default_rng(seed)
@@ -202,8 +210,8 @@ def answered_rightly(
         for name, attack in attacks.items():
             with model.network.exactly(), model.held():
                 disturbed = attack(images, labels, rng)
-            with model.network.exactly(), torch.no_grad():
-                right[name].append(model(disturbed).argmax(dim=1) == labels)
+            with model.network.exactly():
+                right[name].append(all_logits(model, disturbed).argmax(dim=1) == labels)
     return {name: torch.cat(parts).cpu().numpy() for name, parts in right.items()}
 
 
@@ -248,6 +256,37 @@ def harden(
         return tuned
     head = stage.head.folded()
     return replace(tuned, head=head, val_logits_after=logits_of(network, head, val.pixels, settings.batch_size))
+
+
+def measured_again(
+    record: StageRecord,
+    model: PixelClassifier,
+    val: LabelledPixels,
+    *,
+    settings: TuningSettings,
+    adversarial: AdversarialSettings,
+    position: int,
+) -> StageRecord:
+    """The record of the adversarial stage with the robustness of another head than it was trained with.
+
+    Args:
+        record: The stage's.
+        model: What ships.
+        val: Validation pictures in one view.
+        settings: The numbers that the stage shared with the others.
+        adversarial: Its own numbers.
+        position: How many stages came before it.
+    """
+    assert isinstance(record, AdversarialRecord)
+    right = answered_rightly(
+        model,
+        val,
+        fixed_rows(val, adversarial.val_images),
+        robustness_attacks(model, adversarial.epsilon),
+        seed=(settings.seed, position, ATTACK_DRAWS),
+        batch_size=settings.batch_size,
+    )
+    return replace(record, robustness_after=_shares(right))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.training.device import at_once
+from tasks.training.memory import in_parts
 
 FGSM_RS_STEP = 1.25
 PGD_REACH = 2.5
@@ -66,8 +66,7 @@ def pgd(
         The first picture found that is misjudged, or the last one of those that never were.
     """
     found = images.clone()
-    with torch.no_grad():
-        left = torch.nonzero(_margins(model(images), labels) <= 0)[:, 0]
+    left = torch.nonzero(_margins(all_logits(model, images), labels) <= 0)[:, 0]
     for _ in range(restarts):
         moving = uniform_noise(images, epsilon=epsilon, rng=rng)[left]
         for _ in range(num_steps + 1):
@@ -97,6 +96,12 @@ def uniform_noise(images: Tensor, *, epsilon: float, rng: np.random.Generator) -
     return within(images + torch.from_numpy(noise).to(images.device), images, epsilon)
 
 
+@torch.no_grad()
+def all_logits(model: Model, images: Tensor) -> Tensor:
+    """Logits (B, C) of pictures (B, 3, S, S)."""
+    return torch.cat(in_parts(model, images))
+
+
 def within(found: Tensor, images: Tensor, epsilon: float) -> Tensor:
     """The nearest pictures in [0, 1] that differ from ``images`` by at most epsilon in every value."""
     return torch.clamp(found, images - epsilon, images + epsilon).clamp(0, 1)
@@ -118,13 +123,13 @@ def _margins_and_ascent(model: Model, images: Tensor, labels: Tensor) -> tuple[T
     Of the margin, not of the cross-entropy: where float32 rounds a probability to 1, the right class drops out of that
     one's gradient, and a confident model, such as one with a temperature below 1, would seem robust.
     """
-    margins, signs = [], []
-    size = at_once(images)
-    for part, classes in zip(torch.split(images, size), torch.split(labels, size), strict=True):
-        moving = part.detach().requires_grad_()
-        found = _margins(model(moving), classes)
-        margins.append(found.detach())
-        signs.append(torch.autograd.grad(found.sum(), moving)[0].sign())
+
+    def of(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        moving = images.detach().requires_grad_()
+        margins = _margins(model(moving), labels)
+        return margins.detach(), torch.autograd.grad(margins.sum(), moving)[0].sign()
+
+    margins, signs = zip(*in_parts(of, images, labels), strict=True)
     return torch.cat(margins), torch.cat(signs)
 
 

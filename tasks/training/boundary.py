@@ -21,11 +21,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tasks.models.architectures import Boundary, Network
 from tasks.progress import progress
 from tasks.training.augmented import Item, PixelSource
-from tasks.training.device import at_once, on_device
+from tasks.training.device import on_device
+from tasks.training.memory import in_parts
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +82,14 @@ class RecomputedBoundary:
     def num_views(self) -> int:
         return len(self.pixels.views)
 
+    def _frozen(self, images: Tensor) -> Boundary:
+        return self.network.forward_until(images, self.group)
+
     def batches(self, batches: Iterable[Sequence[Item]]) -> Iterator[Boundary]:
         for pixels in self.pixels.batches(batches):
             with torch.no_grad():
                 images = on_device(torch.from_numpy(pixels), self.network.device)
-                parts = [self.network.forward_until(each, self.group) for each in torch.split(images, at_once(images))]
+                parts = in_parts(self._frozen, images)
             yield Boundary.joined(parts)
 
 
@@ -135,7 +140,7 @@ def open_boundary(
         passes: How often each picture is asked for; fewer than it has views, and keeping costs more than it saves.
         max_bytes: Limit of the temporary file.
         directory: Where the temporary file goes.
-        batch_size: Pictures of a batch; the frozen part sees of it what `at_once` says.
+        batch_size: Pictures of a batch; the frozen part sees it as `in_parts` says.
         what: Name of the work, for its progress.
 
     Returns:

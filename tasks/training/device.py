@@ -19,11 +19,6 @@ from tasks.models.frozen_norm import fold_frozen_norms
 
 DeviceName = Literal["cpu", "cuda", "mps"]
 Precision = Literal["float32", "bfloat16"]
-CPU_PART_PX = 8 * 224 * 224
-"""More pictures at once are slower: their maps leave the caches, and those above 32 MB come from the kernel anew each
-time, page by page. At 224 px eight take .65 (mobilenet_v2), .52 (squeezenet1_1) and .88 (resnet18) of the time of 32
-forward in float32, .76, .54 and .91 in bfloat16; forward and back to the pixels .52, .77 and .95, and .74, .87 and 1.04
-(two cores)."""
 
 
 @dataclass(frozen=True)
@@ -154,16 +149,6 @@ def on_device(maps: Tensor, device: torch.device) -> Tensor:
     """Maps (B, C, H, W) where and as convolutions want them; other shapes are moved alone."""
     maps = maps.to(device)
     return maps.contiguous(memory_format=memory_format(device)) if maps.ndim == 4 else maps
-
-
-def at_once(maps: Tensor) -> int:
-    """How many of some pictures, or of maps (B, C, H, W), go through a network at once where no weight gets a gradient.
-
-    On a CPU so many as `CPU_PART_PX` says; anywhere else all, and all of what has another shape.
-    """
-    if maps.device.type != "cpu" or maps.ndim != 4:
-        return len(maps)
-    return max(1, CPU_PART_PX // (maps.shape[2] * maps.shape[3]))
 
 
 def wait_for(device: torch.device) -> None:

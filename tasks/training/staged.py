@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from tasks.models.architectures import Network
+from tasks.models.architectures import Boundary, Network
 from tasks.models.head import Head
 from tasks.models.layer_groups import Groups
 from tasks.progress import progress
@@ -37,7 +37,8 @@ from tasks.training import processes
 from tasks.training.augmented import Item, LabelledPixels, PixelSource
 from tasks.training.boundary import BoundarySource, RecomputedBoundary, open_boundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile, prefixed, without_prefix
-from tasks.training.device import at_once, memory_format, wait_for
+from tasks.training.device import memory_format, wait_for
+from tasks.training.memory import halved_until_it_fits, in_parts
 from tasks.training.schedule import (
     USELESS_STEPS,
     StageLength,
@@ -55,7 +56,6 @@ from tasks.training.tuner import (
     StandardisedHead,
     copied,
     frozen_digest,
-    halved_until_it_fits,
     interpolated,
     put,
     trainable_tensors,
@@ -558,14 +558,12 @@ def deterministic_torch(threads: int, *, strict: bool = True) -> Iterator[None]:
 def embeddings_of(network: Network, group: int, source: BoundarySource, batch_size: int) -> Tensor:
     """Embeddings (N, D) of every picture in its first view, in float32."""
     batches = batched([(index, 0) for index in range(source.num_images)], batch_size)
+
+    def of(maps: Tensor, pooled: Tensor) -> Tensor:
+        return network.forward_from(Boundary(maps, pooled), group)
+
     with network.exactly():
-        return torch.cat(
-            [
-                network.forward_from(part, group)
-                for boundary in source.batches(batches)
-                for part in boundary.split(at_once(boundary.maps))
-            ]
-        )
+        return torch.cat([part for each in source.batches(batches) for part in in_parts(of, each.maps, each.pooled)])
 
 
 @torch.no_grad()
@@ -614,10 +612,11 @@ def forget_gradients(network: Network, head: StandardisedHead) -> None:
 
 def _reason_to_leave_out(shape: StageShape, records: Sequence[StageRecord], groups: Groups) -> str | None:
     """Why a stage is not tried, or None."""
-    if records and not records[-1].kept:
-        return f"not tried: stage {records[-1].name} was not kept"
-    if records and shape.first_group(groups) >= min(records[-1].groups):
-        return f"not tried: stage {records[-1].name} moved the same layers"
+    last = next((record for record in reversed(records) if record.epochs), None)
+    if last and not last.kept:
+        return f"not tried: stage {last.name} was not kept"
+    if last and shape.first_group(groups) >= min(last.groups):
+        return f"not tried: stage {last.name} moved the same layers"
     return None
 
 

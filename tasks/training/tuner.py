@@ -7,11 +7,10 @@ There is no random draw in here. Called by ``tasks.training.staged`` and
 
 import hashlib
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +22,12 @@ from tasks.models.head import Head
 from tasks.training import processes
 from tasks.training.checkpoint import prefixed, without_prefix
 from tasks.training.ema import Ema
+from tasks.training.memory import halved_until_it_fits, is_out_of_memory
 from tasks.training.schedule import Recipe, StageLength, warmup_cosine
 
 SGD_MOMENTUM = 0.9
 MIN_SCALE = 1e-6
 ANY_SIZE = 2**31  # of a part, where memory holds the batch
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class DivergedError(Exception):
@@ -167,7 +162,7 @@ class StageTuner:
             weight: What their mean loss counts in the whole batch's.
 
         Raises:
-            DivergedError: If the loss is not finite.
+            DivergedError: If the loss or its gradient is not finite.
             TrainingError: If memory runs out where several processes have agreed.
         """
         factor = self.pace.schedule(self.step, steps=self.pace.length.steps, warmup_fraction=self.pace.warmup_fraction)
@@ -176,7 +171,9 @@ class StageTuner:
         value = processes.total(weight * self._accumulate(loss_of, batch_size, weight))
         if not np.isfinite(value):
             raise DivergedError(f"the loss is {value} at step {self.step + 1}")
-        nn.utils.clip_grad_norm_(self.tensors.values(), self.pace.clip_norm)
+        norm = float(nn.utils.clip_grad_norm_(self.tensors.values(), self.pace.clip_norm))
+        if not np.isfinite(norm):  # the step would spoil all weights, and the next batch would be blamed
+            raise DivergedError(f"the gradient's norm is {norm} at step {self.step + 1}")
         self.optimiser.step()
         self.ema.update(self.tensors)
         self.step += 1
@@ -261,29 +258,6 @@ class StageTuner:
 def parts(batch_size: int, size: int) -> list[slice]:
     """A batch in parts of at most ``size``."""
     return [slice(start, min(start + size, batch_size)) for start in range(0, batch_size, size)]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the machine had no memory left; torch's CPU says so in a plain RuntimeError."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY)
-
-
-def halved_until_it_fits(attempt: Callable[[int], T], size: int) -> T:
-    """What an attempt with ``size`` pictures at once returns, or with half of them and so on where memory ends.
-
-    Raises:
-        Exception: Of the attempt, if it was another one or came with a single picture.
-    """
-    while True:
-        try:
-            return attempt(size)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or size == 1:
-                raise
-        half = (size + 1) // 2
-        logger.warning("out of memory with %d pictures at once: going on with %d, same steps", size, half)
-        size = half
 
 
 def trainable_tensors(network: Network, group: int, head: StandardisedHead) -> dict[str, nn.Parameter]:

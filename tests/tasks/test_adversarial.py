@@ -24,14 +24,17 @@ from tasks.finetune import FinetuneReport
 from tasks.layout import Layout
 from tasks.models.architectures import build_network
 from tasks.models.backbone_card import read_card
-from tasks.models.head import read_head
+from tasks.models.head import read_head, write_head
 from tasks.models.weights import read_weights
 from tasks.params import load_params
+from tasks.training import memory
 from tasks.training.adversarial import (
+    ATTACK_DRAWS,
     STRONGEST,
     AdversarialRecord,
     PixelClassifier,
     answered_rightly,
+    fixed_rows,
     harden,
     has_collapsed,
     robustness_attacks,
@@ -40,11 +43,15 @@ from tasks.training.attacks import climb, fgsm, fgsm_rs, pgd, uniform_noise
 from tasks.training.augmented import LabelledPixels, PixelSource
 from tasks.training.auto_attack import auto_attack, is_installed
 from tasks.training.checkpoint import CheckpointFile
+from tasks.training.device import Compute, place
+from tasks.training.logit_adjustment import class_shift
 from tasks.training.schedule import slow_growth, slow_start_fast_decay
 from tasks.training.selection import SIGNIFICANCE, compare_robustness
 from tasks.training.staged import EpochRecord, FineTuned, deterministic_torch
 from tasks.training.tuner import StandardisedHead, copied
 from tests.tasks.finetune_workspaces import (
+    MEAN,
+    STD,
     digit_images,
     embed,
     splits,
@@ -311,6 +318,27 @@ def test_a_cpu_attacks_eight_pictures_of_224_px_at_once() -> None:
     assert sizes == [20]
 
 
+def test_where_memory_ends_an_attack_goes_on_with_half_as_many_and_keeps_to_that(target: Target) -> None:
+    """The device is the only thing that is played: it has room for five pictures."""
+    sizes = list[int]()
+
+    def device(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        if len(images) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return target.model(images)
+
+    images, labels = target.images[:16], target.labels[:16]
+    found = [
+        pgd(model, images, labels, epsilon=EPSILON, num_steps=3, rng=np.random.default_rng(0))
+        for model in (target.model, device)
+    ]
+    memory._held.clear()
+    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
+    assert sizes[:6] == [16, 8, 4, 4, 4, 4]
+    assert max(sizes[2:]) == 4
+
+
 def test_pgd_counts_a_picture_that_any_step_misleads(target: Target) -> None:
     """Never weaker than where the last step leads, from the same start."""
     given = (target.model, target.images, target.labels)
@@ -415,6 +443,34 @@ def test_the_stage_makes_the_network_withstand_what_it_did_not(layout: Layout, r
         batch_size=NUM_VAL,
     )
     assert after.accuracy_low < right[STRONGEST].mean() <= right["fgsm"].mean() <= right["clean"].mean()
+
+
+@pytest.mark.slow
+def test_the_robustness_that_is_told_is_that_of_the_head_that_ships(layout: Layout, repository: Path) -> None:
+    """Where classes are uneven, what each gains from that is taken out of the head when all stages are over."""
+    images, head = read_manifest(layout.accepted), read_head(layout.head_dir)
+    rare = (images["split"] == "train") & (images["label"].isin(head.labels[:5])) & (images.index % 4 > 0)
+    images = images[~rare].reset_index(drop=True)
+    write_manifest(layout.accepted, images)
+    train_labels = list(images["label"][images["split"] == "train"])
+    shift = class_shift([train_labels.count(label) for label in head.labels], 4)
+    write_head(layout.head_dir, dataclasses.replace(head, bias=head.bias + shift), {"logit_adjustment": 4.0})
+    report = run(layout, repository, {"epsilon": 8.0, "max_clean_loss": 1.0}, batch_size=10)
+    record, ships = stage_of(report), read_head(layout.finetuned_dir)
+    plain = dataclasses.replace(ships, bias=ships.bias - shift)
+    card, data, right = read_card(layout.backbone_card), val_pixels(layout), []
+    draws = (load_params(repository / "params.yaml").seed, 0, ATTACK_DRAWS)
+    for each in (ships, plain):
+        network = build_network(card.architecture, depths=card.depths)
+        network.load_trunk(load_file(layout.finetuned_dir / "network.safetensors"))
+        place(network, Compute("cpu", "float32", "as finetune has it"))
+        model = PixelClassifier.of(network, each, MEAN, STD)
+        attacks = robustness_attacks(model, 8 / 255)
+        right.append(answered_rightly(model, data, fixed_rows(data, 30), attacks, seed=draws, batch_size=10))
+    assert record.robustness_after is not None
+    told = {name: found.accuracy for name, found in record.robustness_after.items()}
+    assert told == pytest.approx({name: float(found.mean()) for name, found in right[0].items()}, abs=1e-5)
+    assert any((right[0][name] != right[1][name]).any() for name in right[0]), "the heads differ"
 
 
 def test_a_stage_without_effect_leaves_the_network_as_it_is(layout: Layout, repository: Path) -> None:

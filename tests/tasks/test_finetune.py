@@ -37,11 +37,13 @@ from tasks.models.backbone_card import read_card
 from tasks.models.head import Head, read_head, write_head
 from tasks.models.weights import read_weights
 from tasks.params import ScratchParams, load_params
+from tasks.training import memory
 from tasks.training.augmented import PixelSource
 from tasks.training.boundary import CachedBoundary, RecomputedBoundary, open_boundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile
 from tasks.training.ema import Ema
 from tasks.training.logit_adjustment import class_shift
+from tasks.training.memory import is_out_of_memory
 from tasks.training.schedule import (
     EPOCHS_ABOVE,
     MIN_STEPS,
@@ -54,13 +56,13 @@ from tasks.training.schedule import (
 from tasks.training.selection import best_temperature, compare, judge, negative_log_likelihood
 from tasks.training.staged import EpochRecord, deterministic_torch, embeddings_of, fine_tune, flop_per_image
 from tasks.training.tuner import (
+    DivergedError,
     Pace,
     StageTuner,
     StandardisedHead,
     copied,
     frozen_digest,
     interpolated,
-    is_out_of_memory,
     trainable_tensors,
 )
 from tests.tasks.finetune_workspaces import (
@@ -719,11 +721,13 @@ def test_out_of_memory_halves_the_batch_and_comes_to_the_same_step(caplog: pytes
 def test_a_stage_whose_batch_memory_does_not_hold_halves_it_and_is_gone_through(
     layout: Layout, repository: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The device is the only thing that is played: it has room to train on eight pictures."""
+    """The device is the only thing that is played: it has room for sixteen pictures, and to train on eight."""
 
     def hold(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        moves = isinstance(module, torch.nn.Conv2d) and module.weight.requires_grad and torch.is_grad_enabled()
-        if moves and len(inputs[0]) > 8:
+        if not isinstance(module, torch.nn.Conv2d):
+            return
+        moves = module.weight.requires_grad and torch.is_grad_enabled()
+        if len(inputs[0]) > (8 if moves else 16):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
 
     caplog.set_level("INFO")
@@ -732,8 +736,19 @@ def test_a_stage_whose_batch_memory_does_not_hold_halves_it_and_is_gone_through(
         (record,) = run(layout, repository, stages=("top",)).stages
     finally:
         device.remove()
+        memory._held.clear()
+    assert "out of memory with 32 pictures at once: going on with 16, same steps" in caplog.text
     assert "out of memory with 16 pictures at once: going on with 8, same steps" in caplog.text
     assert (record.epochs, record.steps) == (4, 4 * math.ceil((NUM_IMAGES - NUM_VAL) / 32))
+
+
+def test_a_gradient_that_is_no_number_moves_nothing() -> None:
+    network = small_network("mobilenet_v3_small")
+    tuner = StageTuner(network, 1, blank_head(network), pace_of(network))
+    before = copied(tuner.tensors)
+    with pytest.raises(DivergedError, match="the gradient's norm is nan at step 1"):
+        tuner.descend(lambda _: (tuner.head.weight - tuner.head.weight).abs().sum().sqrt(), 8)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tuner.tensors.items())
 
 
 def test_an_error_that_is_not_about_memory_is_not_taken_for_one() -> None:
@@ -771,10 +786,12 @@ def test_a_plan_that_unfreezes_a_group_that_does_not_exist_lists_the_groups(layo
 
 
 def test_a_plan_may_unfreeze_group_by_group(layout: Layout, repository: Path) -> None:
-    report = run(layout, repository, stages=("top", "features.5", "rest"), epochs=1, max_steps=20)
-    assert [record.name for record in report.stages] == ["top", "features.5", "rest"]
-    first, second, third = (min(record.groups) for record in report.stages)
-    assert first > second > third == 1
+    report = run(layout, repository, stages=("top", "features.5", "features.5", "rest"), learning_rate=2e-3)
+    assert [record.name for record in report.stages] == ["top", "features.5", "features.5", "rest"]
+    first, second, again, third = (min(record.groups) for record in report.stages)
+    assert first > second == again > third == 1
+    assert [record.kept for record in report.stages] == [True, True, False, True]
+    assert report.stages[2].reason == "not tried: stage features.5 moved the same layers"
 
 
 # Curves, times and the baseline from random weights
