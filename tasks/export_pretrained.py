@@ -28,6 +28,7 @@ from tasks.export.parity import measure_parity
 from tasks.export.preprocessing import preprocessing_graph
 from tasks.fetch_backbone import chosen_weights
 from tasks.models.own_classifier import own_classifier
+from tasks.models.own_head import wrong_labels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -128,9 +129,7 @@ def _labels(weights: PretrainedWeights, num_classes: int) -> tuple[str, ...]:
             "backbone.labels in params.yaml: imagenet1k for the usual thousand, or a text file with one label a line."
         )
     if len(weights.labels) != num_classes:
-        raise BackboneError(
-            f"backbone.labels names {len(weights.labels)} classes, the classifier in the weights has {num_classes}."
-        )
+        raise wrong_labels(len(weights.labels), num_classes)
     return weights.labels
 
 

@@ -27,7 +27,7 @@ from tasks.evaluation.paired import mcnemar_midp
 from tasks.models.backbone_card import read_card
 from tasks.models.head import write_head
 from tasks.models.own_head import own_head, same_names
-from tasks.training.linear_probe import PathPoint, fit_probe
+from tasks.training.linear_probe import PathPoint, check_examples, fit_probe
 from tasks.training.logit_adjustment import adjustment_strength
 from tasks.training.prototypes import class_prototypes
 from tasks.training.temperature import row_nll
@@ -101,6 +101,7 @@ def run(
     Raises:
         StoreError: If features are missing: run cache_features first.
         TrainingError: If there are fewer than two classes.
+        BackboneError: If ``backbone.labels`` are not those of its classifier.
         ParamsError: If the path of C is empty.
     """
     if train_head.min_log10_c >= train_head.max_log10_c:
@@ -176,9 +177,16 @@ def _as_is(
     layout: Layout, card: BackboneCard, features: NDArray[np.float32], labels: list[str], same: dict[str, int]
 ) -> tuple[Head, str]:
     """A head without a gradient step: the backbone's own classes where all overlap, else class prototypes."""
-    if set(same) >= set(labels):
+    check_examples(features[None], labels)
+    if card.labels and set(same) >= set(labels):
         columns = {label: same[label] for label in set(labels)}
-        head = own_head(layout.backbone_weights, card.architecture, columns=columns, feature_dim=card.feature_dim)
+        head = own_head(
+            layout.backbone_weights,
+            card.architecture,
+            columns=columns,
+            num_classes=len(card.labels),
+            feature_dim=card.feature_dim,
+        )
         if head is not None:
             return head, "own_classes"
     return class_prototypes(features, labels), "prototypes"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
+from tasks.errors import BackboneError
 from tasks.models.head import Head
 from tasks.models.layer_groups import family_of
 
@@ -29,14 +30,20 @@ def same_names(wanted: Sequence[str], known: Sequence[str]) -> dict[str, int]:
     return {label: index[_plain(label)] for label in wanted if _plain(label) in index}
 
 
-def own_head(weights_path: Path, architecture: str, *, columns: dict[str, int], feature_dim: int) -> Head | None:
+def own_head(
+    weights_path: Path, architecture: str, *, columns: dict[str, int], num_classes: int, feature_dim: int
+) -> Head | None:
     """The rows of a backbone's own classifier for some labels, or None where it is no linear layer on the features.
 
     Args:
         weights_path: weights.safetensors.
         architecture: Whose classifier it is.
         columns: Row of the classifier by label.
+        num_classes: That are said to be in it.
         feature_dim: Width D of the embedding; the classifier reads its last part, the pooled last layer group.
+
+    Raises:
+        BackboneError: If there are others.
     """
     family = family_of(architecture)
     if family is None or not family.classifier or "@" in architecture:  # what ends early ends before its classifier
@@ -49,11 +56,18 @@ def own_head(weights_path: Path, architecture: str, *, columns: dict[str, int], 
         weight = file.get_tensor(weights[0])  # (classes, d)
         bias_name = weights[0].removesuffix("weight") + "bias"
         bias = file.get_tensor(bias_name) if bias_name in layers else np.zeros(len(weight), np.float32)
+    if len(weight) != num_classes:
+        raise wrong_labels(num_classes, len(weight))
     labels = tuple(sorted(columns))
     rows = [columns[label] for label in labels]
     padded = np.zeros((len(rows), feature_dim), np.float32)
     padded[:, feature_dim - weight.shape[1] :] = weight[rows]
     return Head(labels, padded, bias[rows].astype(np.float32))
+
+
+def wrong_labels(num_named: int, num_classes: int) -> BackboneError:
+    """What is wrong where a list of labels is not that of the classifier."""
+    return BackboneError(f"backbone.labels names {num_named} classes, the classifier in the weights has {num_classes}.")
 
 
 def _plain(name: str) -> str:

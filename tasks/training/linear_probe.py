@@ -154,7 +154,7 @@ def fit_probe(
     Raises:
         TrainingError: If there are fewer than two classes, or features that are not finite.
     """
-    _check(features, labels)
+    check_examples(features, labels)
     with threadpool_limits(1, user_api="blas"):
         problem = _problem(features, labels, groups, classes, folds, holdout_above, seed, max_iterations)
         log10_cs = np.linspace(min_log10_c, max_log10_c, num_c)
@@ -217,7 +217,7 @@ def out_of_fold_probabilities(
     Raises:
         TrainingError: If there are fewer than two classes, or features that are not finite.
     """
-    _check(features[None], labels)
+    check_examples(features[None], labels)
     names = tuple(sorted(set(labels)))
     with threadpool_limits(1, user_api="blas"):
         problem = _problem(features[None], labels, groups, names, folds, len(labels), seed, max_iterations)
@@ -243,7 +243,12 @@ def mean_recall(logits: NDArray[np.float32], targets: NDArray[np.intp]) -> float
     return float(np.mean([right[targets == target].mean() for target in np.unique(targets)]))
 
 
-def _check(features: NDArray[np.float32], labels: Sequence[str]) -> None:
+def check_examples(features: NDArray[np.float32], labels: Sequence[str]) -> None:
+    """Whether a classifier can be made of features (views, N, D) and their N labels.
+
+    Raises:
+        TrainingError: If there are fewer than two classes, or features that are not finite.
+    """
     if len(set(labels)) < 2:
         raise TrainingError(f"A classifier needs two classes; all {len(labels)} training images are {labels[0]!r}.")
     if bad := int((~np.isfinite(features).all(axis=(0, 2))).sum()):

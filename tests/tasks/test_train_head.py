@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from tasks import cache_features, suspects, train_head
 from tasks.data.features import load_features
 from tasks.data.manifest import read_manifest, write_manifest
-from tasks.errors import DataError, ParamsError, StoreError, TrainingError
+from tasks.errors import BackboneError, DataError, ParamsError, StoreError, TrainingError
 from tasks.layout import Layout
 from tasks.models.backbone_card import read_card, write_card
 from tasks.models.head import Head, read_head, write_head
@@ -476,8 +476,9 @@ class TestBadInput:
         assert read_head(layout.head_dir).probabilities(features).argmax(axis=1).tolist() == [1, 1]
 
     def test_all_labels_the_same_are_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(TrainingError, match="class"):
-            train_on(tmp_path, {"ant": 20})
+        for method in ("probe", "as_is"):
+            with pytest.raises(TrainingError, match="needs two classes"):
+                train_on(tmp_path / method, {"ant": 20}, method=method)
 
     def test_shuffled_labels_are_told_to_be_at_chance(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level("INFO", logger="tasks")
@@ -559,6 +560,9 @@ class TestAsIs:
         assert head.labels == ("ant", "bee")
         np.testing.assert_array_equal(head.weight, np.pad(weight[[3, 1]], ((0, 0), (1, 0))))
         assert head.bias.tolist() == [3, 1]
+        save_file({"fc.weight": weight[:3], "fc.bias": np.arange(3, dtype=np.float32)}, layout.backbone_weights)
+        with pytest.raises(BackboneError, match=r"backbone\.labels names 4 classes, the classifier .* has 3"):
+            train_head.run(layout, seed=0, augment=AUGMENT, features=FEATURES, train_head=settings, gate=GATE)
 
     def test_a_classifier_of_several_layers_gives_way_to_prototypes(self, tmp_path: Path) -> None:
         arrays = {
@@ -567,7 +571,6 @@ class TestAsIs:
             "fc.weight": np.zeros((4, 3), np.float32),
         }
         save_file(arrays, tmp_path / "w.safetensors")
-        columns = {"ant": 0}
-        assert own_head(tmp_path / "w.safetensors", "mobilenet_v3_small", columns=columns, feature_dim=3) is None
-        for architecture in ("vgg11", "timm:resnet18", "resnet18@layer3"):
-            assert own_head(tmp_path / "w.safetensors", architecture, columns=columns, feature_dim=3) is None
+        given = {"columns": {"ant": 0}, "num_classes": 4, "feature_dim": 3}
+        for architecture in ("mobilenet_v3_small", "vgg11", "timm:resnet18", "resnet18@layer3"):
+            assert own_head(tmp_path / "w.safetensors", architecture, **given) is None
