@@ -62,6 +62,7 @@ from tasks.training.staged import (
     StageRecord,
     StageTimes,
     batched,
+    begun,
     embeddings_of,
     epoch_batches,
     flop_per_image,
@@ -353,12 +354,15 @@ class _Adversarial:
             val_accuracy_before=rounded(float(before["clean"].mean())),
             robustness_before=_shares(before),
         )
-        best, progress, trouble = self._train(StageTuner(network, 0, self.head, pace), before, resumed)
+        tuner = StageTuner(network, 0, self.head, pace)
+        best, progress, trouble = self._train(tuner, before, resumed)
         if best:
             put(tensors, best)
             record = replace(record, **self._judged(before, progress))
         early = f"; stopped early: {trouble}" if trouble else ""
         record = replace(record, reason=f"{record.reason}{early}" if best else f"dropped: {trouble}")
+        if trouble:
+            record = replace(record, epochs=begun(self.curve, ADVERSARIAL), steps=tuner.step)
         if not record.kept:
             put(tensors, start)
         if frozen_digest(network, 0) != frozen:

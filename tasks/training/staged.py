@@ -291,11 +291,14 @@ class _Stage:
         )
         start = copied(trainable_tensors(self.network, self.group, head))
         predicted = self._predicted(head, pace.length.steps)
-        end, trouble = self._train(StageTuner(self.network, self.group, head, pace), train_source, val_source, resumed)
+        tuner = StageTuner(self.network, self.group, head, pace)
+        end, trouble = self._train(tuner, train_source, val_source, resumed)
         if end:
             record = replace(record, **self._select(head, start, end, before, val_source))
         early = f"; stopped early: {trouble}" if trouble else ""
         record = replace(record, reason=f"{record.reason}{early}" if end else f"dropped: {trouble}")
+        if trouble:
+            record = replace(record, epochs=begun(self.curve, self.shape.name), steps=tuner.step)
         if not record.kept:
             put(trainable_tensors(self.network, self.group, head), start)
         if frozen_digest(self.network, self.group) != frozen:
@@ -488,6 +491,11 @@ class _Stage:
         if not np.isfinite(logits).all():
             raise DivergedError("the averaged weights give no numbers")
         return judge(logits, self.val.labels)
+
+
+def begun(curve: Sequence[EpochRecord], stage: str) -> int:
+    """Epochs of a stage that were begun, where the last of them did not come to its end."""
+    return sum(each.stage == stage for each in curve) + 1
 
 
 def epoch_batches(

@@ -527,6 +527,7 @@ def test_a_loss_that_is_no_number_stops_the_stage_and_the_best_epoch_so_far_is_j
     assert re.search(
         r"; stopped early: the loss is nan at step 3 \(the batch was [0-9]/\d+\.png as centre", record.reason
     )
+    assert (record.epochs, record.steps) == (3, 2)
     assert record.best_epoch == 2, "the first ended within a smaller epsilon"
     assert record.robustness_after is not None
     assert len(tuned.curve) == 2
