@@ -38,7 +38,7 @@ from tasks.layout import Layout
 HOUR_S = 3600.0
 SHARED_STAGES = ("fetch_backbone", "index_images", "validate_data", "cache_features", "train_head")
 MIN_SCRATCH_S = 10
-REPORTS = ("train_head", "finetune", "evaluate")
+REPORTS = ("train_head", "finetune", "evaluate", "withstand")
 PREFIX = "compare-"
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ def run_way(layout: Layout, sandbox: Layout, head: str, way: Way, more: Mapping[
     logger.info("[%s] %s", way.name, way.title)
     lay_over(layout, sandbox)  # the experiment before has changed params.yaml and dvc.lock
     run_experiment(sandbox, f"{PREFIX}{way.name}", {**way.changes, **more}, timeout_s=48 * HOUR_S)
+    run_recipe(sandbox, "withstand", timeout_s=HOUR_S)
     ref = f"refs/exps/{head[:2]}/{head[2:]}/{PREFIX}{way.name}"
     git(layout, "fetch", "--quiet", "--no-tags", str(sandbox.root), f"+{ref}:{ref}")
     kept = layout.compare_dir / way.name

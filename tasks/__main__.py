@@ -39,7 +39,7 @@ STAGES = (
     "evaluate",
 )
 
-RECIPES = ("pretrain", "suspects", "export_pretrained", "compare", "attack")
+RECIPES = ("pretrain", "suspects", "export_pretrained", "compare", "attack", "withstand")
 """Run the same way, but no stage of the pipeline."""
 
 TEMPORARY_FAILURE = 75

@@ -80,15 +80,13 @@ def run(
         DataError: If there is no test image, or one has gone or changed.
         StoreError: If the head is missing: run a retrain first.
     """
-    tuned = (layout.finetuned_dir / NETWORK_NAME).is_file()
-    weights = layout.finetuned_dir / NETWORK_NAME if tuned else layout.backbone_weights
     if not is_installed():
         logger.warning("without AutoAttack: it needs the extra robust (uv pip install 'tanuki[robust]')")
     compute = attacked_on(finetune)
     with deterministic_torch(available_cores(), strict=compute.device == "cpu"):
         data = test_images(layout)
         accuracy = measure(
-            classifier(layout, weights, layout.finetuned_dir if tuned else layout.head_dir, compute),
+            shipped(layout, compute),
             data,
             num_images=attack.images,
             epsilon=finetune.adversarial.epsilon / 255,
@@ -99,7 +97,7 @@ def run(
     for name, found in accuracy.items():
         logger.info("%s: %.1f%% (%.1f%% to %.1f%%)", name, *(100 * share for share in vars(found).values()))
     return AttackReport(
-        model="fine-tuned" if tuned else "linear probe",
+        model="fine-tuned" if _is_tuned(layout) else "linear probe",
         epsilon=finetune.adversarial.epsilon,
         num_images=min(attack.images, len(data.labels)),
         accuracy=accuracy,
@@ -116,6 +114,21 @@ def attacked_on(finetune: FinetuneParams) -> Compute:
     """
     compute = choose_compute(finetune.device, "float32", this_machine())
     return replace(compute, device="cpu") if compute.device == "mps" else compute
+
+
+def shipped(layout: Layout, compute: Compute) -> PixelClassifier:
+    """What the last retrain made, fine-tuned or not, on a device.
+
+    Raises:
+        StoreError: If there is none.
+    """
+    if _is_tuned(layout):
+        return classifier(layout, layout.finetuned_dir / NETWORK_NAME, layout.finetuned_dir, compute)
+    return classifier(layout, layout.backbone_weights, layout.head_dir, compute)
+
+
+def _is_tuned(layout: Layout) -> bool:
+    return (layout.finetuned_dir / NETWORK_NAME).is_file()
 
 
 def classifier(layout: Layout, weights: Path, head_dir: Path, compute: Compute) -> PixelClassifier:

@@ -25,11 +25,9 @@ from tasks.evaluation.comparison import Missing, Outcome, comparison_table, draw
 from tasks.evaluation.metrics import Accuracy
 from tasks.evaluation.page import inline_png, render_page
 from tasks.evaluation.paired import difference_interval, is_uneven
-from tasks.training.schedule import ADVERSARIAL, SCRATCH
+from tasks.training.schedule import SCRATCH
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from tasks.layout import Layout
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
     Interval = tuple[float, float, float]
 
 LATENCY_PICTURES = 8
-ROBUST = "pgd_20"
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +87,6 @@ def run(layout: Layout, *, seed: int, evaluate: EvaluateParams, gate: GateParams
         _outcome(
             way,
             folders[way["name"]],
-            _robustness(folders, way["name"]),
             against[way["name"], "probe"],
             beaten_by=tuple(other for other in folders if against[other, way["name"]][1] > 0),
             latency_s=latencies[way["name"]],
@@ -157,7 +153,6 @@ def _latencies(layout: Layout, folders: dict[str, Path], paths: list[str], runs:
 def _outcome(
     way: dict[str, Any],
     folder: Path,
-    robust: Accuracy | None,
     difference: Interval,
     *,
     beaten_by: tuple[str, ...],
@@ -166,6 +161,7 @@ def _outcome(
 ) -> Outcome:
     """A way's row."""
     head, tuned, evaluated = (_report(folder, stage) for stage in ("train_head", "finetune", "evaluate"))
+    robust = Accuracy(**_report(folder, "withstand")["accuracy"])
     accuracy = "balanced_accuracy" if balanced else "accuracy"
     return Outcome(
         name=way["name"],
@@ -177,9 +173,9 @@ def _outcome(
         difference_low=difference[1],
         difference_high=difference[2],
         beaten_by=beaten_by,
-        robust_accuracy=robust.accuracy if robust else None,
-        robust_accuracy_low=robust.accuracy_low if robust else None,
-        robust_accuracy_high=robust.accuracy_high if robust else None,
+        robust_accuracy=robust.accuracy,
+        robust_accuracy_low=robust.accuracy_low,
+        robust_accuracy_high=robust.accuracy_high,
         trained_parameters=_trained_parameters(head, tuned),
         seconds=sum(
             json.loads((folder / f"{stage}_times.json").read_text())["seconds"] for stage in ("train_head", "finetune")
@@ -220,15 +216,3 @@ def _note(head: dict[str, Any], tuned: dict[str, Any]) -> str:
     told += [f"{each['name']} {each['reason']}" for each in untried if not each["reason"].endswith("was not kept")]
     ships = ": the probe ships" if dropped and not tuned["kept"] else ""
     return "; ".join(told) + ships
-
-
-def _robustness(folders: dict[str, Path], name: str) -> Accuracy | None:
-    """Accuracy on attacked validation images: the adversarial stage measures its start and its end."""
-    if ADVERSARIAL not in folders or name not in (ADVERSARIAL, "full"):
-        return None
-    stages: Sequence[dict[str, Any]] = _report(folders[ADVERSARIAL], "finetune")["stages"]
-    record = next((stage for stage in stages if stage["name"] == ADVERSARIAL), None)
-    if record is None or record["robustness_before"] is None:
-        return None
-    found = record["robustness_after"] if name == ADVERSARIAL and record["kept"] else record["robustness_before"]
-    return Accuracy(**found[ROBUST])

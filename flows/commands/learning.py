@@ -79,7 +79,7 @@ def _cells(outcome: dict[str, Any]) -> tuple[str, ...]:
         f"{outcome['trained_parameters']:,}",
         f"{outcome['seconds']:.1f}",
         f"{1e3 * outcome['latency_s']:.1f}",
-        "" if robust[0] is None else "{:.1%} ({:.1%} to {:.1%})".format(*robust),
+        "{:.1%} ({:.1%} to {:.1%})".format(*robust),
     )
 
 

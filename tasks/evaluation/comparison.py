@@ -28,8 +28,7 @@ class Outcome:
         accuracy: With accuracy_low and accuracy_high.
         difference: To feature extraction, paired, with difference_low and difference_high.
         beaten_by: Names of the ways that are better beyond noise on the same test images.
-        robust_accuracy: On attacked validation images, an upper bound, with robust_accuracy_low and
-            robust_accuracy_high; None where that was not measured.
+        robust_accuracy: On attacked test images, an upper bound, with robust_accuracy_low and robust_accuracy_high.
         trained_parameters: Numbers of what ships that were trained.
         seconds: Of head and fine-tuning; features are shared and not counted.
         latency_s: Median of one picture.
@@ -45,9 +44,9 @@ class Outcome:
     difference_low: float
     difference_high: float
     beaten_by: tuple[str, ...]
-    robust_accuracy: float | None
-    robust_accuracy_low: float | None
-    robust_accuracy_high: float | None
+    robust_accuracy: float
+    robust_accuracy_low: float
+    robust_accuracy_high: float
     trained_parameters: int
     seconds: float
     latency_s: float
@@ -84,11 +83,10 @@ def comparison_table(
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for each in outcomes:
-        robust = "–" if each.robust_accuracy is None else under_attack(each)
         difference = "–" if each.name == "probe" else points(each)
         lines.append(
             f"| {each.title} | {each.accuracy:.1%} | {each.accuracy_low:.1%} to {each.accuracy_high:.1%} "
-            f"| {difference} | {robust} "
+            f"| {difference} | {under_attack(each)} "
             f"| {each.trained_parameters:,} | {each.seconds:.1f} | {each.latency_s * 1e3:.1f} | {each.note} |"
         )
     lines += [f"| {each.title} |{' – |' * 7} {each.reason} |" for each in missing]
@@ -129,10 +127,10 @@ def what_is_needed(outcomes: Sequence[Outcome], missing: Sequence[Missing], *, b
             sentences.append(_brings(subject, by_name[name], probe))
         elif name in reasons:
             sentences.append(f"{subject} came to nothing ({reasons[name]}).")
-    start, hardened = by_name.get("full"), by_name.get("adversarial")
-    if hardened and hardened.robust_accuracy is not None and start and start.robust_accuracy is not None:
+    if hardened := by_name.get("adversarial"):
+        start = by_name.get("full", probe)
         sentences.append(
-            f"Under attack it is right on {under_attack(hardened)} of the validation images, without that training on "
+            f"Under attack it is right on {under_attack(hardened)} of the test images, without that training on "
             f"{under_attack(start)}; stronger attacks exist."
         )
     if balanced:

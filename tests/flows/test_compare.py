@@ -93,6 +93,9 @@ def test_ways_are_compared_listed_and_a_kill_leaves_the_workspace_as_it_was(
     assert as_is["trained_parameters"] == 0
     assert as_is["accuracy"] > 0.5
     assert top["accuracy_low"] < top["accuracy"] <= top["accuracy_high"]
+    for way in (as_is, probe, top):
+        assert way["robust_accuracy_low"] <= way["robust_accuracy"] < way["accuracy"]
+    assert as_is["robust_accuracy"] != probe["robust_accuracy"], "each its own"
     listed = workspace.dvc("exp", "list", "--name-only").stdout.split()
     assert set(listed) == {"compare-as_is", "compare-probe", "compare-top"}
     assert not (workspace.root / ".dvc" / "tmp" / "tanuki-compare").exists()

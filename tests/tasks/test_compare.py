@@ -33,9 +33,9 @@ PROBE = Outcome(
     difference_low=0,
     difference_high=0,
     beaten_by=(),
-    robust_accuracy=None,
-    robust_accuracy_low=None,
-    robust_accuracy_high=None,
+    robust_accuracy=0.0,
+    robust_accuracy_low=0.0,
+    robust_accuracy_high=0.02,
     trained_parameters=30,
     seconds=2.0,
     latency_s=0.001,
@@ -81,7 +81,7 @@ def test_robustness_is_told_with_its_start_its_interval_and_as_an_upper_bound() 
         "adversarial", -0.02, -0.04, 0, robust_accuracy=0.55, robust_accuracy_low=0.45, robust_accuracy_high=0.65
     )
     assert needs_of(PROBE, full, hardened)[-1] == (
-        "Under attack it is right on 55.0% (45.0% to 65.0%) of the validation images, without that training on "
+        "Under attack it is right on 55.0% (45.0% to 65.0%) of the test images, without that training on "
         "1.0% (0.2% to 5.0%); stronger attacks exist."
     )
     missing = [Missing("scratch", "from random weights", "dropped: it diverged")]
@@ -127,6 +127,8 @@ def write_way(
     pq.write_table(table, folder / "predictions.parquet")
     shares = {"accuracy": 1 - len(wrong) / len(rows), "balanced_accuracy": 0.5}
     write_json(folder / "evaluate.json", shares | {f"{key}_{end}": 0.5 for key in shares for end in ("low", "high")})
+    withstood = {"accuracy": 0.25, "accuracy_low": 0.1, "accuracy_high": 0.5}
+    write_json(folder / "withstand.json", {"num_images": len(rows), "epsilon": 4.0, "accuracy": withstood})
     write_json(folder / "train_head.json", {"method": "probe", "num_classes": 3, "feature_dim": 9})
     write_json(folder / "finetune.json", {"kept": [], "stages": [], "reason": "finetune.enabled is false", **tuned})
     for which, seconds in (("train_head", 1.5), ("finetune", 0.0 if name == "probe" else 20.0)):
@@ -170,6 +172,7 @@ def test_the_recipe_writes_table_page_and_picture(ways: Layout, repository: Path
     assert (probe.seconds, full.seconds) == (1.5, 21.5)
     assert full.difference == pytest.approx(2 / 3)
     assert probe.latency_s > 0
+    assert (probe.robust_accuracy, probe.robust_accuracy_low, probe.robust_accuracy_high) == (0.25, 0.1, 0.5)
     assert not report.balanced
     assert (ways.compare_dir / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     assert "Fine-tuning brings +66.7" in (ways.compare_dir / "comparison.md").read_text()
