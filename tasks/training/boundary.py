@@ -157,7 +157,8 @@ def open_boundary(
     rows = recomputed.num_images * recomputed.num_views
     num_bytes = rows * first.maps[0].numel() * np.dtype(np.float16).itemsize
     if num_bytes > max_bytes:
-        logger.info("%s: activations would take %.2f GB: computed in each epoch", what, num_bytes / 1e9)
+        told = "%s: activations would take %.2f GB, more than finetune.boundary_cache_gb leaves: computed in each epoch"
+        logger.info(told, what, num_bytes / 1e9)
         return recomputed, 0
     cached = _fill(recomputed, first, directory, batch_size, what)
     return (cached, num_bytes) if cached else (recomputed, 0)
