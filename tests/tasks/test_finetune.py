@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from tasks.models.head import Head, read_head, write_head
 from tasks.models.weights import read_weights
 from tasks.params import ScratchParams, load_params
 from tasks.training import memory
-from tasks.training.augmented import PixelSource
+from tasks.training.augmented import LabelledPixels, PixelSource
 from tasks.training.boundary import CachedBoundary, RecomputedBoundary, open_boundary
 from tasks.training.checkpoint import Checkpoint, CheckpointFile
 from tasks.training.ema import Ema
@@ -490,6 +490,32 @@ def test_the_frozen_digest_sees_a_moved_weight_and_a_moved_statistic() -> None:
     with torch.no_grad():
         network.group_parameters(0)[0].add_(1)
     assert frozen_digest(network, top) != before
+
+
+def spoil_a_weight(network: Network) -> None:
+    with torch.no_grad():
+        network.group_parameters(network.num_groups - 2)[0].add_(1)
+
+
+def let_statistics_follow(network: Network) -> None:
+    norms = [each for each in network.trunk.modules() if isinstance(each, torch.nn.BatchNorm2d)]
+    norms[-1].train()
+
+
+@pytest.mark.parametrize("spoil", [spoil_a_weight, let_statistics_follow])
+def test_a_stage_in_which_something_frozen_moved_is_an_error(
+    layout: Layout, repository: Path, spoil: Callable[[Network], None]
+) -> None:
+    """A weight below the boundary, or the statistics of a BatchNorm above it, which somebody let train."""
+    params, network = load_params(repository / "params.yaml"), small_network("mobilenet_v3_small")
+    card = dataclasses.replace(read_card(layout.backbone_card), architecture="mobilenet_v3_small")
+    pictures = LabelledPixels(pixel_source(layout, 8, (CENTRE,)), np.array([0, 1] * 4))
+    work: dict[str, Any] = {"train": pictures, "val": pictures, "stages": ("top",)}
+    work["settings"] = finetune.tuning_settings(card, 0, params.finetune.model_copy(update={"epochs": 2}), "cpu")
+    work["checkpoints"] = CheckpointFile(layout.checkpoints_dir / "c.safetensors", "digest")
+    head = blank_head(network).folded()
+    with deterministic_torch(1), pytest.raises(RuntimeError, match="stage top moved what it had frozen"):
+        fine_tune(network, head, **work, on_epoch=lambda curve: spoil(network) if len(curve) == 1 else None)
 
 
 @pytest.mark.slow
