@@ -56,6 +56,7 @@ from tasks.training.schedule import (
 from tasks.training.selection import best_temperature, compare, judge, negative_log_likelihood
 from tasks.training.staged import EpochRecord, deterministic_torch, embeddings_of, fine_tune, flop_per_image
 from tasks.training.tuner import (
+    SGD_MOMENTUM,
     DivergedError,
     Pace,
     StageTuner,
@@ -380,6 +381,9 @@ def test_a_stage_that_helps_is_kept_and_only_moves_what_it_may(layout: Layout, r
     report = run(layout, repository)
     assert "top" in report.kept
     assert facts(layout) == json.loads(json.dumps(dataclasses.asdict(report)))
+    for record, rate in zip(report.stages, (2e-3, 4e-4), strict=True):
+        rates = [rate * 0.8**below for below in range(len(record.groups), -1, -1)]
+        assert record.learning_rates == pytest.approx(rates), "they fall from the head on"
     before, after = (
         load_file(path) for path in (layout.backbone_weights, layout.finetuned_dir / "network.safetensors")
     )
@@ -464,6 +468,57 @@ def test_batchnorm_statistics_and_frozen_groups_do_not_move() -> None:
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name.removeprefix("trunk.") for name in tuner.tensors if name.startswith("trunk.")}
     assert not any("running" in name or name.startswith("features.0.") for name in moved)
+
+
+def after_one_step(network: Network, pace: Pace) -> tuple[StageTuner, dict[str, torch.Tensor]]:
+    """A stage above the stem that took a step without weight decay, and how that moved each weight."""
+    head = blank_head(network)
+    torch.nn.init.normal_(head.weight)
+    tuner = StageTuner(network, 1, head, dataclasses.replace(pace, weight_decay=0.0))
+    before = copied(tuner.tensors)
+    with torch.no_grad():
+        boundary = network.forward_until(torch.randn(8, 3, SIZE_PX, SIZE_PX), 1)
+    tuner.run_epoch([boundary], [torch.tensor([0, 1] * 4)])
+    return tuner, {name: tensor.detach() - before[name] for name, tensor in tuner.tensors.items()}
+
+
+def test_each_layer_group_moves_at_its_own_rate_and_the_head_fastest() -> None:
+    """AdamW's first step moves a weight by its rate, however large its gradient."""
+    network = small_network("mobilenet_v3_small")
+    pace = dataclasses.replace(pace_of(network), recipe=recipe_for("mobilenet_v3_small"))
+    tuner, moves = after_one_step(network, pace)
+    owners = {id(each): index for index in range(1, network.num_groups) for each in network.group_parameters(index)}
+    farthest = dict.fromkeys(range(1, network.num_groups + 1), 0.0)
+    for name, tensor in tuner.tensors.items():
+        owner = owners.get(id(tensor), network.num_groups)
+        farthest[owner] = max(farthest[owner], float(moves[name].abs().max()))
+    rates = [1e-3 * 0.8**below for below in range(network.num_groups - 1, -1, -1)]
+    assert list(farthest.values()) == pytest.approx(rates, rel=0.02)
+
+
+def test_the_gradient_of_a_step_is_no_longer_than_its_limit() -> None:
+    """That of all layer groups and the head together; SGD's first step is 1 + momentum times as long."""
+    rate, lengths = 0.1, []
+    for clip_norm in (1e9, 0.01):
+        network = small_network("mobilenet_v3_small")
+        rates = [rate] * network.num_groups
+        _, moves = after_one_step(
+            network, dataclasses.replace(pace_of(network), clip_norm=clip_norm, learning_rates=rates)
+        )
+        moved = torch.cat([move.flatten() for move in moves.values()])
+        lengths.append(float(moved.norm()) / (rate * (1 + SGD_MOMENTUM)))
+    assert lengths[0] > 0.1
+    assert lengths[1] == pytest.approx(0.01, rel=0.01)
+
+
+def test_a_stage_whose_gradients_are_clipped_to_nothing_moves_nothing_and_is_dropped(
+    layout: Layout, repository: Path
+) -> None:
+    changes: dict[str, Any] = {"stages": ("top",), "views": 1, "max_steps": 5, "precision": "float32"}
+    (record,) = run(layout, repository, **changes, clip_norm=1e-20, weight_decay=0.0).stages
+    assert record.steps == 5
+    assert record.val_nll_after == record.val_nll_before
+    assert record.reason.startswith("dropped: validation likelihood rose by 0.0000 nats a picture")
 
 
 def blank_head(network: Network) -> StandardisedHead:
