@@ -64,6 +64,7 @@ from tasks.training.tuner import (
     copied,
     frozen_digest,
     interpolated,
+    put,
     trainable_tensors,
 )
 from tests.tasks.finetune_workspaces import (
@@ -80,6 +81,8 @@ from tests.tasks.finetune_workspaces import (
 )
 
 NUM_IMAGES, NUM_VAL, SIZE_PX = 220, 70, 32
+ONE_BATCH, NUM_JUDGES = 60, 300
+"""Training pictures of a stage that takes one step an epoch; validation pictures from which on an epoch is picked."""
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,16 @@ def layout(digits: Path, tmp_path: Path) -> Layout:
     """A copy of it that a test may change."""
     shutil.copytree(digits, tmp_path / "workspace")
     return Layout(tmp_path / "workspace")
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with as many validation pictures as it takes to pick an epoch, and few others."""
+    layout = Layout(tmp_path_factory.mktemp("judges"))
+    num = ONE_BATCH + NUM_JUDGES
+    write_images(layout, *digit_images(num), splits(num, NUM_JUDGES))
+    write_probe(layout, write_backbone(layout, "squeezenet1_1", size_px=SIZE_PX, depths=2))
+    return layout.root
 
 
 def run(layout: Layout, repository: Path, **changes: Any) -> FinetuneReport:
@@ -407,6 +420,66 @@ def test_a_stage_that_helps_is_kept_and_only_moves_what_it_may(layout: Layout, r
     labels = np.array([head.labels.index(label) for label in rows["label"]])
     logits = head.logits(embed(layout, network, rows["path"].tolist()))
     assert negative_log_likelihood(logits, labels).mean() == pytest.approx(report.val_nll_after, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_val", [NUM_JUDGES - 1, NUM_JUDGES])
+def test_what_a_stage_keeps_is_the_best_of_the_way_from_its_start_to_the_average_of_its_steps(
+    judges: Path, tmp_path: Path, repository: Path, num_val: int
+) -> None:
+    """At the best epoch where enough pictures tell which one that is, else at the end: here another one."""
+    layout = Layout(judges)
+    params = load_params(repository / "params.yaml")
+    card, network, probe, train, val = stage_inputs(layout, params.augment)
+    pixels = dataclasses.replace(val.pixels, files=val.pixels.files[:num_val], shas=val.pixels.shas[:num_val])
+    val = LabelledPixels(pixels, val.labels[:num_val])
+    weights = dict(network.trunk.named_parameters())
+    start = copied(weights)
+    ema, averages = Ema(weights, params.finetune.ema_decay), list[dict[str, torch.Tensor]]()
+
+    def follow(_: Sequence[EpochRecord]) -> None:
+        ema.update(weights)
+        averages.append(copied(ema.average))
+
+    settings = params.finetune.model_copy(update={"epochs": 8, "learning_rate": 1e-3, "batch_size": ONE_BATCH})
+    with deterministic_torch(1):
+        tuned = fine_tune(
+            network,
+            probe,
+            train=train,
+            val=val,
+            stages=("top",),
+            settings=finetune.tuning_settings(card, 0, settings, "cpu"),
+            checkpoints=CheckpointFile(tmp_path / "c.safetensors", "digest"),
+            on_epoch=follow,
+        )
+    (record,) = tuned.records
+    best = int(np.argmin([each.val_nll for each in tuned.curve]))
+    assert record.steps == len(averages) == 8
+    assert best < 7, "the best epoch is not the last"
+    taken = best if num_val == NUM_JUDGES else 7
+    assert record.kept
+    assert record.alpha is not None
+    for name, tensor in interpolated(start, averages[taken], record.alpha).items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-7, msg=name)
+
+    top, found = network.num_groups - 1, {}
+    (images,) = pixels.batches([[(row, 0) for row in range(num_val)]])
+    with torch.no_grad():
+        boundary = network.forward_until(torch.from_numpy(images), top)
+        for alpha in (0.25, 0.5, 0.75, 1.0):
+            put(weights, interpolated(start, averages[taken], alpha))
+            head = on_the_way(probe, tuned.head, alpha / record.alpha)
+            logits = head.logits(network.forward_from(boundary, top).numpy())
+            found[alpha] = judge(logits, val.labels).mean_nll
+    assert record.alpha == min(found, key=lambda alpha: found[alpha])
+    assert record.val_nll_after == pytest.approx(found[record.alpha], rel=1e-4)
+    assert tuned.curve[taken].val_nll == pytest.approx(found[1.0], rel=1e-4)
+
+
+def on_the_way(start: Head, other: Head, share: float) -> Head:
+    """The head at so many times the way from one to the other."""
+    weight, bias = start.weight + share * (other.weight - start.weight), start.bias + share * (other.bias - start.bias)
+    return Head(start.labels, weight, bias)
 
 
 def test_an_adjusted_probe_is_tuned_without_its_adjustment_and_has_it_again_in_the_end(
