@@ -1020,7 +1020,7 @@ def test_a_baseline_from_random_weights_that_is_interrupted_gives_the_same_bytes
     whole = run(layout, repository, **changes)
     assert whole.stages[0].steps == 20
     expected = {path.name: path.read_bytes() for path in layout.finetuned_dir.iterdir()}
-    handler, logger = InterruptAtSecondEpoch(), logging.getLogger("tasks.training.scratch")
+    handler, logger = InterruptAtEpoch(), logging.getLogger("tasks.training.scratch")
     logger.addHandler(handler)
     with pytest.raises(KeyboardInterrupt):
         run(layout, repository, **changes)
@@ -1128,17 +1128,17 @@ def test_where_memory_runs_out_in_one_of_two_processes_both_take_the_same_steps(
 # Killed and run again
 
 
-class InterruptAtSecondEpoch(logging.Handler):
-    """Ctrl-C, each time a run comes to the end of its second epoch."""
+class InterruptAtEpoch(logging.Handler):
+    """Ctrl-C, each time a run comes to the end of its second epoch, or of another one."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 2) -> None:
         super().__init__()
-        self.epochs = 0
+        self.number, self.epochs = number, 0
 
     def emit(self, record: logging.LogRecord) -> None:
         if "train loss" in record.getMessage():
             self.epochs += 1
-            if self.epochs == 2:
+            if self.epochs == self.number:
                 raise KeyboardInterrupt
 
 
@@ -1158,7 +1158,7 @@ def test_a_run_interrupted_at_every_epoch_gives_the_same_bytes(
     logger = logging.getLogger("tasks.training.staged")
     report, interruptions = None, 0
     while report is None:
-        handler = InterruptAtSecondEpoch()
+        handler = InterruptAtEpoch()
         logger.addHandler(handler)
         try:
             report = run(layout, repository, **changes)
@@ -1168,6 +1168,29 @@ def test_a_run_interrupted_at_every_epoch_gives_the_same_bytes(
             logger.removeHandler(handler)
     assert interruptions == sum(record.epochs for record in whole.stages) - 1
     assert report == whole
+    assert {path.name: path.read_bytes() for path in layout.finetuned_dir.iterdir()} == expected
+
+
+def test_a_run_interrupted_after_its_best_epoch_comes_back_to_it(
+    judges: Path, tmp_path: Path, repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="tasks")
+    layout = Layout(tmp_path / "workspace")
+    shutil.copytree(judges, layout.root)
+    changes: dict[str, Any] = {"epochs": 8, "learning_rate": 1e-3, "batch_size": ONE_BATCH, "precision": "float32"}
+    changes |= {"stages": ("top",), "views": 1, "device": "cpu"}
+    whole = run(layout, repository, **changes)
+    rows = list(csv.DictReader(io.StringIO(layout.epochs.read_text())))
+    assert np.argmin([float(row["val_nll"]) for row in rows]) < 4, "the best is among the first four"
+    expected = {path.name: path.read_bytes() for path in layout.finetuned_dir.iterdir()}
+    assert "network.safetensors" in expected
+    handler, logger = InterruptAtEpoch(5), logging.getLogger("tasks.training.staged")
+    logger.addHandler(handler)
+    with pytest.raises(KeyboardInterrupt):
+        run(layout, repository, **changes)
+    logger.removeHandler(handler)
+    assert run(layout, repository, **changes) == whole
+    assert caplog.messages.count("going on at stage 1, epoch 5") == 1
     assert {path.name: path.read_bytes() for path in layout.finetuned_dir.iterdir()} == expected
 
 
@@ -1209,7 +1232,7 @@ def read_position(path: Path) -> dict[str, Any]:
     return values
 
 
-class SlowToTheSecondEpoch(InterruptAtSecondEpoch):
+class SlowToTheSecondEpoch(InterruptAtEpoch):
     """The same after a first epoch that takes two seconds more."""
 
     def emit(self, record: logging.LogRecord) -> None:
