@@ -846,6 +846,39 @@ def test_a_loss_that_is_no_number_stops_the_stage_names_the_pictures_and_keeps_t
     assert negative_log_likelihood(tuned.val_logits_after, val.labels).mean() < math.inf
 
 
+def test_a_stage_that_goes_on_and_meets_a_loss_that_is_no_number_at_once_keeps_the_average_of_before(
+    layout: Layout, repository: Path
+) -> None:
+    """Training pictures turn into no numbers while the run is interrupted."""
+    params, path = load_params(repository / "params.yaml"), layout.checkpoints_dir / "c.safetensors"
+    card, network, head, train, val = stage_inputs(layout, params.augment)
+    brisk = params.finetune.model_copy(update={"epochs": 6, "learning_rate": 3e-4})
+    work: dict[str, Any] = {"val": val, "stages": ("top",), "checkpoints": CheckpointFile(path, "digest")}
+    work["settings"] = finetune.tuning_settings(card, 0, brisk, "cpu")
+
+    def interrupt(curve: Sequence[EpochRecord]) -> None:
+        if len(curve) == 5:
+            raise KeyboardInterrupt
+
+    with deterministic_torch(1), pytest.raises(KeyboardInterrupt):
+        fine_tune(network, head, train=train, **work, on_epoch=interrupt)
+    saved, (_, network, head, _, _) = load_file(path), stage_inputs(layout, params.augment)
+    start = {f"trunk.{name}": each for name, each in copied(dict(network.trunk.named_parameters())).items()}
+    no_numbers = preprocessing_graph(size_px=SIZE_PX, crop_fraction=1.0, mean=MEAN, std=(math.nan,) * 3, opset=20)
+    spoilt = dataclasses.replace(train.pixels, whole=open_session(no_numbers.SerializeToString()))
+    with deterministic_torch(1):
+        tuned = fine_tune(network, head, train=dataclasses.replace(train, pixels=spoilt), **work)
+    (record,) = tuned.records
+    assert "; stopped early: the loss is nan at step 21" in record.reason
+    assert record.kept
+    assert record.alpha is not None
+    averages = {name: saved[f"ema/{name}"] for name in start if f"ema/{name}" in saved}
+    assert averages
+    kept = interpolated({name: start[name] for name in averages}, averages, record.alpha)
+    for name, tensor in network.trunk.named_parameters():
+        torch.testing.assert_close(tensor, kept.get(f"trunk.{name}", start[f"trunk.{name}"]), rtol=0, atol=1e-7)
+
+
 def test_out_of_memory_halves_the_batch_and_comes_to_the_same_step(caplog: pytest.LogCaptureFixture) -> None:
     """The device is the only thing that is played: it has room for three pictures."""
     network = small_network("mobilenet_v3_small")
