@@ -251,7 +251,7 @@ def harden(
     curve = [EpochRecord(**values) for values in resumed.position["curve"]] if resumed else list(tuned.curve)
     stage = _Adversarial(model, tuned, train, val, settings, adversarial, checkpoints, curve, on_epoch)
     record = stage.run(resumed)
-    times = (*tuned.times, StageTimes(ADVERSARIAL, None, {}, time.perf_counter() - began))
+    times = (*tuned.times, StageTimes(ADVERSARIAL, None, {}, None, time.perf_counter() - began))
     tuned = replace(tuned, records=(*tuned.records, record), curve=tuple(curve), times=times)
     if not record.kept:
         return tuned

@@ -116,7 +116,7 @@ def from_scratch(
         reason = f"dropped: it diverged, {error}; a lower finetune.scratch.learning_rate may help"
         logger.warning("stage %s: %s", SCRATCH, reason)
         record = replace(record, epochs=len(curve) + 1, steps=curve[-1].step if curve else 0, reason=reason)
-    times = StageTimes(SCRATCH, None, {}, time.perf_counter() - began)
+    times = StageTimes(SCRATCH, None, {}, None, time.perf_counter() - began)
     return FineTuned(head, (record,), before, after, tuple(curve), (times,))
 
 

@@ -144,13 +144,15 @@ class StageTimes:
     Attributes:
         stage: Its name.
         boundary: Whether the frozen part's output was kept or computed in each epoch.
-        predicted_s: Seconds of either way, from the first pictures and steps.
-        seconds: What it took, validation included.
+        predicted_s: Seconds of either way, from the first pictures and steps: to keep what is frozen, and of all steps.
+        training_s: What these took; None where nothing was predicted.
+        seconds: What the stage took, validation included.
     """
 
     stage: str
     boundary: str | None
     predicted_s: Mapping[str, float]
+    training_s: float | None
     seconds: float
 
 
@@ -273,7 +275,9 @@ class _Stage:
         head = StandardisedHead(self.head, embeddings)
         with torch.no_grad():
             before = judge(head(embeddings).cpu().numpy(), self.val.labels)
-        train_source, _ = self._open(self.train.pixels, val_bytes, "train", passes=self._passes(head, val_source))
+        passes, opened = self._passes(head, val_source), time.perf_counter()
+        train_source, _ = self._open(self.train.pixels, val_bytes, "train", passes=passes)
+        open_s = time.perf_counter() - opened
         pace = self._pace(head, train_source)
         if pace.length.steps < USELESS_STEPS and pace.length.limited_by == "max_tflop":
             reason = f"not tried: finetune.max_tflop affords {pace.length.steps} steps; {USELESS_STEPS} is the least"
@@ -304,9 +308,10 @@ class _Stage:
         if frozen_digest(self.network, self.group) != frozen:
             raise RuntimeError(f"stage {self.shape.name} moved what it had frozen")
         seconds = time.perf_counter() - began
-        self.times.append(StageTimes(self.shape.name, train_source.kind, predicted, seconds))
-        told = (self.shape.name, seconds, predicted[train_source.kind], train_source.kind)
-        logger.info("stage %s took %.1f s; %.1f s were expected, with what is frozen %s", *told)
+        training_s = open_s + tuner.seconds
+        self.times.append(StageTimes(self.shape.name, train_source.kind, predicted, training_s, seconds))
+        told = (self.shape.name, seconds, training_s, predicted[train_source.kind], train_source.kind)
+        logger.info("stage %s took %.1f s, training %.1f s of it where %.1f s were expected, what is frozen %s", *told)
         logger.info("stage %s: %s", self.shape.name, record.reason)
         return record, head.folded() if record.kept else self.head
 

@@ -7,6 +7,7 @@ There is no random draw in here. Called by ``tasks.training.staged`` and
 
 import hashlib
 import itertools
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -121,6 +122,7 @@ class StageTuner:
         self.ema = Ema(self.tensors, pace.ema_decay)
         self.step = 0
         self.part_size: int | None = None  # pictures at once, where memory does not hold a batch
+        self.seconds = 0.0  # that its epochs took
 
     def run_epoch(
         self, boundaries: Iterable[Boundary], labels: Iterable[Tensor], weights: Iterable[float] | None = None
@@ -138,11 +140,12 @@ class StageTuner:
         Raises:
             DivergedError: If the loss is not finite.
         """
-        total, count = 0.0, 0
+        began, total, count = time.perf_counter(), 0.0, 0
         for boundary, targets, weight in zip(boundaries, labels, weights or itertools.repeat(1.0)):  # noqa: B905
             loss_of = partial(self._loss, boundary, targets.to(boundary.pooled.device))
             total += self.descend(loss_of, len(targets), weight) * len(targets)
             count += len(targets)
+        self.seconds += time.perf_counter() - began
         return total / count
 
     def _loss(self, boundary: Boundary, targets: Tensor, part: slice) -> Tensor:

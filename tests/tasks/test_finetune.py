@@ -996,6 +996,7 @@ def test_each_epoch_is_in_the_curves_and_seconds_are_told_apart(layout: Layout, 
     for each, record in zip(times["stages"], report.stages, strict=False):
         assert each["boundary"] == record.boundary == "cached"
         assert each["predicted_s"]["cached"] > 0
+        assert 0 < each["training_s"] < each["seconds"]
         assert set(each["predicted_s"]) == {"cached", "recomputed"}
 
 
