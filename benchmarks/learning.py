@@ -16,8 +16,8 @@ the stages up to the probe, then each way that is asked for, and appends a line 
 
 A set with official test images keeps those; validation images are drawn anew by each seed. What is in the results is
 not run again, and after --minutes nothing new is begun, so a long run can be taken in pieces. At the end it prints the
-table of all results: means over the seeds, their range, and the mean paired difference to the probe with its Student
-interval.
+table of all results: means over the seeds and the mean paired difference to the probe, with Student intervals, and the
+range of the seeds.
 """
 
 from __future__ import annotations
@@ -251,8 +251,8 @@ def table(lines: Sequence[Facts]) -> str:
     for line in lines:
         by_way[line["way"]][line["seed"]] = line
     rows = [
-        "| | seeds | accuracy | range | points to the probe | NLL | seconds | kept |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | seeds | accuracy | interval | range | points to the probe | NLL | seconds | kept |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for way in ("prototypes", "probe", "speed", *STAGES):
         found = by_way[way]
@@ -265,7 +265,8 @@ def table(lines: Sequence[Facts]) -> str:
         told = _interval(100 * np.array(pairs)) if pairs and way != "probe" else ""
         nll, seconds = (np.array([each[fact] for each in found.values()]) for fact in ("nll", "seconds"))
         rows.append(
-            f"| {way} | {len(found)} | {values.mean():.3f} | {values.min():.3f} to {values.max():.3f} | {told} "
+            f"| {way} | {len(found)} | {values.mean():.3f} | {'{:.3f} to {:.3f}'.format(*_ends(values))} "
+            f"| {values.min():.3f} to {values.max():.3f} | {told} "
             f"| {nll.mean():.3f} | {np.median(seconds):.1f} | {kept} |"
         )
     if pairs := [(by_way["speed"][seed], top) for seed, top in by_way["top"].items() if seed in by_way["speed"]]:
@@ -308,11 +309,17 @@ def _attacked_rows(found: Sequence[Facts]) -> list[str]:
 
 def _interval(differences: NDArray[np.float64]) -> str:
     """Mean over the seeds and its Student interval; the interval only from two seeds on."""
-    mean, num = float(differences.mean()), len(differences)
+    mean = float(differences.mean())
+    return f"{mean:+.1f}" if len(differences) < 2 else "{:+.1f} [{:+.1f}, {:+.1f}]".format(mean, *_ends(differences))
+
+
+def _ends(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Student interval of the mean over the seeds; all numbers where there is one seed."""
+    mean, num = float(values.mean()), len(values)
     if num < 2:
-        return f"{mean:+.1f}"
-    half = float(student_t.ppf((1 + CONFIDENCE) / 2, num - 1)) * float(differences.std(ddof=1)) / math.sqrt(num)
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+        return -math.inf, math.inf
+    half = float(student_t.ppf((1 + CONFIDENCE) / 2, num - 1)) * float(values.std(ddof=1)) / math.sqrt(num)
+    return mean - half, mean + half
 
 
 def main() -> None:
