@@ -446,6 +446,7 @@ def _facts(
         data_sha256=sha256_file(layout.accepted),
         num_images={split: int((images["split"] == split).sum()) for split in ("train", "val", "test")},
         architecture=card.architecture,
+        backbone_notes=card.notes,
         weights_source=card.source,
         weights_licence=card.licence,
         kept_stages=kept,

@@ -88,6 +88,8 @@ def run(
     write_bytes(layout.trunk_onnx, trunk)
     write_card(layout.backbone_card, card)  # last: where the card is, the rest is
     logger.info("%s: %s, %d features of %d depths", card.source, card.architecture, card.feature_dim, card.depths)
+    for note in card.notes:
+        logger.info("%s", note)
     return FetchBackboneReport(
         source=card.source,
         architecture=card.architecture,

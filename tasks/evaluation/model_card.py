@@ -40,6 +40,7 @@ class CardFacts:
         data_sha256: Of the accepted images' manifest: the data version.
         num_images: By split.
         architecture: Of the backbone.
+        backbone_notes: What a reader should know of it.
         weights_source: Where its weights come from.
         weights_licence: Of them; None where nobody said.
         kept_stages: Fine-tuning stages that were kept.
@@ -63,6 +64,7 @@ class CardFacts:
     data_sha256: str
     num_images: Mapping[str, int]
     architecture: str
+    backbone_notes: Sequence[str]
     weights_source: str
     weights_licence: str | None
     kept_stages: Sequence[str]
@@ -110,6 +112,7 @@ def identity(facts: CardFacts) -> list[tuple[str, str]]:
         ("images", ", ".join(f"{count:,} {split}" for split, count in facts.num_images.items())),
         (f"classes ({len(facts.labels)})", _listed(facts.labels)),
         ("backbone", f"{facts.architecture}, {tuned}"),
+        *([("of the backbone", " ".join(facts.backbone_notes))] if facts.backbone_notes else []),
         ("pretrained weights", facts.weights_source),
         ("licence of the weights", facts.weights_licence or "not stated: find out before you ship"),
         ("input", facts.preprocessing),

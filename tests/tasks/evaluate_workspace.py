@@ -74,7 +74,7 @@ def write_backbone(layout: Layout) -> None:
         labels=None,
         preprocessing_sha256=sha256_file(layout.preprocess_onnx),
         trunk_sha256=sha256_file(layout.trunk_onnx),
-        notes=(),
+        notes=("it is cut by the generic rule",),
     )
     write_card(layout.backbone_card, card)
 
