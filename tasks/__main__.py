@@ -12,7 +12,6 @@ import logging
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.files import write_json
-from tasks import warm
+from tasks import together, warm
 from tasks.errors import NetworkError, TanukiError
 from tasks.layout import Layout
 
@@ -68,21 +67,23 @@ def _main() -> int:
     if arguments.part and arguments.stage != "cache_features":
         parser.error("--part is for cache_features")
     _configure_logging()
+    if together.is_worker():
+        together.take_part()
     layout = Layout(arguments.root.resolve())
     try:
         params = load_params(layout.params)
-        if arguments.stage == "finetune" and params.finetune.num_processes > 1 and "WORLD_SIZE" not in os.environ:
-            return run_together(sys.argv[1:], params.finetune.num_processes)
         if arguments.part:
             run_part(layout, arguments.part, params)
+        elif arguments.stage == "finetune" and _needs_workers(layout, params):
+            return together.run_together(("-m", "tasks", *sys.argv[1:]), params.finetune.num_processes)
         else:
             run_stage(arguments.stage, layout, params)
     except TanukiError as error:
-        print(f"{arguments.stage}: {error}", file=sys.stderr)
-        return TEMPORARY_FAILURE if isinstance(error, NetworkError) else 1
+        code = TEMPORARY_FAILURE if isinstance(error, NetworkError) else 1
+        return together.end_with(f"{arguments.stage}: {error}", code)
     except OSError as error:
-        print(f"{arguments.stage}: {error}. Nothing was lost; free space or mend it, and run again.", file=sys.stderr)
-        return 1
+        advice = "Nothing was lost; free space or mend it, and run again."
+        return together.end_with(f"{arguments.stage}: {error}. {advice}", 1)
     except KeyboardInterrupt:
         print(f"{arguments.stage}: interrupted; run it again to go on.", file=sys.stderr)
         return 130
@@ -112,11 +113,12 @@ def _end_with_who_reads() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_together(arguments: list[str], num_processes: int) -> int:
-    """Runs this command as several processes of this machine that know of each other; the exit code."""
-    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return subprocess.run([*together, "-m", "tasks", *arguments], env={**os.environ, **threads}, check=False).returncode
+def _needs_workers(layout: Layout, params: "Params") -> bool:
+    """Whether several processes are asked for, are not here yet, and would find something to train."""
+    from tasks import finetune
+
+    is_asked = params.finetune.num_processes > 1 and "WORLD_SIZE" not in os.environ
+    return is_asked and finetune.is_due(layout, params.finetune)
 
 
 def _part(text: str) -> "Part":

@@ -17,7 +17,6 @@ import dataclasses
 import io
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -127,8 +126,7 @@ def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: Finetune
     """
     began = time.perf_counter()
     card, head = read_card(layout.backbone_card), read_head(layout.head_dir)
-    images = read_manifest(layout.accepted)
-    known = images[images["label"].isin(head.labels)]
+    known = _known_images(layout, head)
     train, val = known[known["split"] == "train"], known[known["split"] == "val"]
     report = FinetuneReport(
         kept=(),
@@ -143,8 +141,7 @@ def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: Finetune
     times: tuple[StageTimes, ...] = ()
     if report.reason:
         logger.info("no fine-tuning: %s", report.reason)
-        if os.environ.get("RANK", "0") == "0":  # torchrun's: of several processes one writes
-            _write(layout, report, None, head)
+        _write(layout, report, None, head)
     else:
         from tasks.training.checkpoint import CheckpointFile
         from tasks.training.device import choose_compute, this_machine
@@ -166,6 +163,18 @@ def run(layout: Layout, *, seed: int, augment: AugmentParams, finetune: Finetune
     }
     write_json(layout.times("finetune"), told)
     return report
+
+
+def is_due(layout: Layout, finetune: FinetuneParams) -> bool:
+    """Whether `run` would try a stage."""
+    known = _known_images(layout, read_head(layout.head_dir))
+    return _reason_to_leave_out(finetune, int((known["split"] == "val").sum())) is None
+
+
+def _known_images(layout: Layout, head: Head) -> pd.DataFrame:
+    """The accepted images of the head's classes."""
+    images = read_manifest(layout.accepted)
+    return images[images["label"].isin(head.labels)]
 
 
 def _tuned(

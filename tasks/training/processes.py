@@ -2,8 +2,8 @@
 
 Plain DistributedDataParallel around what moves, from the frozen boundary on. All processes start from the same weights,
 take the same steps and judge on all validation pictures, so that none has to be told what another decided; the first
-one writes. BatchNorm is frozen: no statistics to be told of. `torchrun` starts them: see tasks/__main__.py. With one
-process nothing here does anything. Called by tasks.training and tasks.finetune.
+one writes. BatchNorm is frozen: no statistics to be told of. torchrun's launcher starts them: see tasks/together.py.
+With one process nothing here does anything. Called by tasks.training and tasks.finetune.
 """
 
 import logging
@@ -42,10 +42,8 @@ def joined(device: str = "cpu") -> Iterator[None]:
         distributed.init_process_group("nccl", device_id=own)
     else:
         distributed.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    yield
+    distributed.destroy_process_group()  # not where one fails: the others would break, and it is to be told first
 
 
 def count() -> int:

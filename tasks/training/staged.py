@@ -336,11 +336,11 @@ class _Stage:
         return length.steps / length.steps_per_epoch
 
     def _predicted(self, head: StandardisedHead, steps: int) -> dict[str, float]:
-        """Seconds of the stage's training either way, from a batch, or so much of one as memory holds."""
-        size = min(self.settings.batch_size, len(self.train.labels))
-        return halved_until_it_fits(partial(self._timed, head, steps), size)
+        """Seconds of the stage's training either way, from the share of a batch, or what memory holds of it."""
+        share = len(processes.share_of(range(min(self.settings.batch_size, len(self.train.labels)))))
+        return halved_until_it_fits(partial(self._timed, head, steps, share), share)
 
-    def _timed(self, head: StandardisedHead, steps: int, size: int) -> dict[str, float]:
+    def _timed(self, head: StandardisedHead, steps: int, share: int, size: int) -> dict[str, float]:
         """The same from the second of two batches of ``size`` pictures."""
         forget_gradients(self.network, head)  # of an attempt that memory did not hold
         source = RecomputedBoundary(self.network, self.group, self.train.pixels)
@@ -357,7 +357,7 @@ class _Stage:
             step_s = time.perf_counter() - began
         forget_gradients(self.network, head)
         kept = source.num_images * views / size
-        steps_of_size = steps * min(self.settings.batch_size, source.num_images) / size
+        steps_of_size = steps * share / size
         return {"cached": kept * frozen_s + steps_of_size * step_s, "recomputed": steps_of_size * (frozen_s + step_s)}
 
     def _length(self, head: StandardisedHead, source: BoundarySource) -> StageLength:

@@ -30,9 +30,11 @@ def test_a_head_only_retrain_imports_no_torch(repository: Path, tmp_path: Path) 
     yaml = YAML()
     params = yaml.load((repository / "params.yaml").read_text())
     params["finetune"]["enabled"] = False
+    params["finetune"]["num_processes"] = 2  # of which there is no need
     yaml.dump(params, layout.params)
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), json.dumps(STAGES), json.dumps(TAKES_SECONDS)]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no fine-tuning: ") == 1
     assert json.loads(layout.report("export_onnx").read_text())["path"] == "head"
     assert json.loads(layout.report("evaluate").read_text())["finetuned"] is None
