@@ -263,9 +263,10 @@ def table(lines: Sequence[Facts]) -> str:
         pairs = [each["accuracy"] - probes[seed]["accuracy"] for seed, each in found.items() if seed in probes]
         kept = f"{sum(bool(each['kept']) for each in found.values())} of {len(found)}" if way in STAGES else ""
         told = _interval(100 * np.array(pairs)) if pairs and way != "probe" else ""
+        ends = "{:.3f} to {:.3f}".format(*_ends(values)) if len(values) > 1 else ""
         nll, seconds = (np.array([each[fact] for each in found.values()]) for fact in ("nll", "seconds"))
         rows.append(
-            f"| {way} | {len(found)} | {values.mean():.3f} | {'{:.3f} to {:.3f}'.format(*_ends(values))} "
+            f"| {way} | {len(found)} | {values.mean():.3f} | {ends} "
             f"| {values.min():.3f} to {values.max():.3f} | {told} "
             f"| {nll.mean():.3f} | {np.median(seconds):.1f} | {kept} |"
         )
@@ -314,10 +315,8 @@ def _interval(differences: NDArray[np.float64]) -> str:
 
 
 def _ends(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Student interval of the mean over the seeds; all numbers where there is one seed."""
+    """Student interval of the mean over two seeds or more."""
     mean, num = float(values.mean()), len(values)
-    if num < 2:
-        return -math.inf, math.inf
     half = float(student_t.ppf((1 + CONFIDENCE) / 2, num - 1)) * float(values.std(ddof=1)) / math.sqrt(num)
     return mean - half, mean + half
 
