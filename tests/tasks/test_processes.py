@@ -65,6 +65,7 @@ def test_whatever_ends_the_stage_ends_its_processes(
         else:
             command = [sys.executable, "-m", "tasks", "finetune", "--root", str(layout.root)]
             stage = subprocess.Popen(command, cwd=repository, stderr=subprocess.PIPE, text=True)
+        stack.callback(stage.kill)
         until((layout.checkpoints_dir / "finetune.safetensors").exists, WAIT_S)
         top = psutil.Process(host.process.pid if is_warm else stage.pid)
         workers = [each for each in top.children(recursive=True) if each.environ().get("WORLD_SIZE")]

@@ -54,10 +54,11 @@ class Host:
 
 @pytest.fixture
 def hang_up() -> Iterator[None]:
-    """SIGHUP ends processes that start now, also where the tests run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """SIGHUP and Ctrl-C end processes that start now, also where the tests run under nohup or in the background."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, before[0])
+    signal.signal(signal.SIGINT, before[1])
 
 
 @pytest.fixture
